@@ -1,0 +1,59 @@
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# Known-good versions, for Python 3.11 and newer. `make install CONSTRAINTS=/dev/null` takes the newest ones instead.
+CONSTRAINTS ?= constraints.txt
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := sb3_algd benchmarks tests setup.py
+
+.PHONY: help install train pytest type lint format check-codestyle commit-checks clean
+
+help:
+	@echo "make train            train ALGD on a safety task (10 minutes), leaves model, CSV and figure in runs/"
+	@echo "make pytest           run the tests"
+	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
+	@echo "make type lint check-codestyle format commit-checks"
+
+install: $(STAMP)
+
+# The stamp stands for a complete installation, so it is written last.
+$(STAMP): setup.py $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is older than Python 3.11, for which constraints.txt was made."; \
+		echo "Name another one: make install PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[safety,zoo,tests]"
+# Without its dependencies, because the versions that it pins fit nothing else (see setup.py).
+	$(BIN)/python -m pip install --quiet --no-deps safety-gymnasium==1.0.0
+	@touch $@
+
+# Threads that wait give the core away: spinning, they bring training to a halt where something else runs beside it.
+train: install
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m sb3_algd.train $(ARGS)
+
+# One thread per worker: the networks are small, and workers that share cores only slow each other down.
+pytest: install
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov $(ARGS)
+
+type: install
+	$(BIN)/mypy
+
+lint: install
+	$(BIN)/ruff check $(SOURCES)
+
+format: install
+	$(BIN)/ruff check --select I --fix $(SOURCES)
+	$(BIN)/black $(SOURCES)
+
+check-codestyle: install
+	$(BIN)/ruff check --select I $(SOURCES)
+	$(BIN)/black --check $(SOURCES)
+
+commit-checks: format type lint
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*

@@ -1,0 +1,312 @@
+"""
+Replay buffers that store costs: a twin of each replay buffer of Stable-Baselines3.
+
+Costs are vectors of ``n_constraints`` numbers per step, read from the environment's ``info``, kept in their own units
+(VecNormalize scales rewards, never costs).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, TensorDict
+from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+#: Where a step's cost is found: a key of ``info``, or a function of it that gives a number or one number per constraint
+CostKey = str | Callable[[dict[str, Any]], Any]
+
+
+class CostReplayBufferSamples(NamedTuple):
+    """A batch of transitions with their costs; the first six fields are those of SB3's samples."""
+
+    #: (batch, *obs_shape), or a dictionary of such tensors
+    observations: th.Tensor | TensorDict
+    #: (batch, action_dim), in [-1, 1]
+    actions: th.Tensor
+    next_observations: th.Tensor | TensorDict
+    #: (batch, 1), 1 where the reward critics must not bootstrap
+    dones: th.Tensor
+    #: (batch, 1), the n-step sum if n_steps > 1
+    rewards: th.Tensor
+    #: (batch, 1) discount of the reward bootstrap, None for one-step transitions
+    discounts: th.Tensor | None
+    #: (batch, n_constraints), the n-step sum if n_steps > 1
+    costs: th.Tensor
+    #: (batch, 1), 1 where the episode terminated: the cost critics must not bootstrap
+    cost_dones: th.Tensor
+    #: (batch, 1) discount of the cost bootstrap, None for one-step transitions
+    cost_discounts: th.Tensor | None
+
+
+def read_costs(infos: Sequence[dict[str, Any]], cost_key: CostKey, n_constraints: int) -> tuple[np.ndarray, bool]:
+    """
+    Costs of one step of each environment.
+
+    :param infos: One ``info`` per environment.
+    :param cost_key: Key of ``info``, or a function of it.
+    :param n_constraints: Number of costs expected per step.
+    :return: Costs of shape (n_envs, n_constraints), 0 where an environment reports none, and whether any reports one.
+    :raises ValueError: If the number of costs is not ``n_constraints``, or one is not finite.
+    """
+    costs = np.zeros((len(infos), n_constraints), dtype=np.float32)
+    reported = False
+    for row, info in zip(costs, infos, strict=True):
+        cost = cost_key(info) if callable(cost_key) else info.get(cost_key)
+        if cost is None:
+            continue
+        reported = True
+        cost = np.asarray(cost, dtype=np.float32).reshape(-1)
+        if cost.size != n_constraints:
+            raise ValueError(
+                f"The environment reports {cost.size} cost(s) per step but there are {n_constraints} cost limit(s): "
+                "give cost_limit one number per cost, or pick the costs that count with cost_key=<function of info>."
+            )
+        row[:] = cost
+    if not np.isfinite(costs).all():
+        raise ValueError(
+            f"The environment reported a non-finite cost: {costs.tolist()}. Fix the environment's cost ({cost_key!r})."
+        )
+    return costs, reported
+
+
+def _check_finite(name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
+    """Refuse what would silently poison every later update."""
+    for key, array in value.items() if isinstance(value, dict) else [("", value)]:
+        if not np.isfinite(array).all():
+            where = f" {key!r}" if key else ""
+            raise ValueError(
+                f"The environment returned a non-finite {name}{where}: {array}. Nothing of this step was stored; "
+                "the model can still be saved. Fix the environment, or clip its output in a wrapper."
+            )
+
+
+class _CostStorage(ReplayBuffer):
+    """
+    What every buffer with costs shares, mixed into one of SB3's replay buffers.
+
+    :param args: Arguments of the SB3 buffer.
+    :param n_constraints: Number of costs per step.
+    :param cost_key: Key of ``info`` that holds the cost, or a (picklable) function of ``info``.
+    :param reward_cut_key: Key of ``info`` whose truth cuts the reward bootstrap, and only that, at a step that does not end
+        the episode (the paper's code does so with ``"goal_met"``). None for never.
+    :param kwargs: Keyword arguments of the SB3 buffer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        n_constraints: int = 1,
+        cost_key: CostKey = "cost",
+        reward_cut_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.n_constraints = n_constraints
+        self.cost_key = cost_key
+        self.reward_cut_key = reward_cut_key
+        self.costs = np.zeros((self.buffer_size, self.n_envs, n_constraints), dtype=np.float32)
+        self.reward_cuts = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
+
+    def add(
+        self,
+        obs: Any,
+        next_obs: Any,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        Store one step of each environment.
+
+        :param obs: Observations
+        :param next_obs: Next observations, the true last one at the end of an episode
+        :param action: Actions in [-1, 1]
+        :param reward: Rewards
+        :param done: Whether episodes ended
+        :param infos: Infos, which hold the costs
+        :raises ValueError: If an observation, reward or cost is not finite, or the number of costs is wrong; nothing is stored
+        """
+        costs, _ = read_costs(infos, self.cost_key, self.n_constraints)
+        _check_finite("observation", next_obs)
+        _check_finite("observation", obs)
+        _check_finite("reward", np.asarray(reward))
+        self.costs[self.pos] = costs
+        if self.reward_cut_key is not None:
+            self.reward_cuts[self.pos] = [bool(info.get(self.reward_cut_key, False)) for info in infos]
+        super().add(obs, next_obs, action, reward, done, infos)
+
+    def _lookup(self, stored: Any, rows: np.ndarray, envs: np.ndarray, env: VecNormalize | None) -> th.Tensor | TensorDict:
+        """Normalised observations at the given rows and environments, as tensors."""
+        if isinstance(stored, dict):
+            chosen = self._normalize_obs({key: array[rows, envs] for key, array in stored.items()}, env)
+            assert isinstance(chosen, dict)
+            return {key: self.to_torch(array) for key, array in chosen.items()}
+        normalized = self._normalize_obs(stored[rows, envs], env)
+        assert isinstance(normalized, np.ndarray)
+        return self.to_torch(normalized)
+
+    def _terminations(self, rows: np.ndarray, envs: np.ndarray) -> np.ndarray:
+        """1 where an episode ended by true termination, 0 elsewhere and at time limits."""
+        return self.dones[rows, envs] * (1.0 - self.timeouts[rows, envs])
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> CostReplayBufferSamples:  # type: ignore[override]
+        envs = np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))
+        if self.optimize_memory_usage:
+            next_observations = self._lookup(self.observations, (batch_inds + 1) % self.buffer_size, envs, env)
+        else:
+            next_observations = self._lookup(self.next_observations, batch_inds, envs, env)
+        terminated = self._terminations(batch_inds, envs)
+        return CostReplayBufferSamples(
+            observations=self._lookup(self.observations, batch_inds, envs, env),
+            actions=self.to_torch(self.actions[batch_inds, envs]),
+            next_observations=next_observations,
+            dones=self.to_torch(np.maximum(terminated, self.reward_cuts[batch_inds, envs])).unsqueeze(1),
+            rewards=self.to_torch(self._normalize_reward(self.rewards[batch_inds, envs], env)).unsqueeze(1),
+            discounts=None,
+            costs=self.to_torch(self.costs[batch_inds, envs]),
+            cost_dones=self.to_torch(terminated).unsqueeze(1),
+            cost_discounts=None,
+        )
+
+
+class CostReplayBuffer(_CostStorage):
+    """:class:`~stable_baselines3.common.buffers.ReplayBuffer` with costs."""
+
+
+class CostDictReplayBuffer(_CostStorage, DictReplayBuffer):  # type: ignore[misc]
+    """:class:`~stable_baselines3.common.buffers.DictReplayBuffer` with costs."""
+
+
+class CostNStepReplayBuffer(_CostStorage, NStepReplayBuffer):
+    """
+    :class:`~stable_baselines3.common.buffers.NStepReplayBuffer` with costs: n-step sums of rewards, discounted by ``gamma``,
+    and of costs, discounted by ``cost_gamma``.
+
+    :param args: Arguments of the SB3 buffer.
+    :param n_steps: Number of steps summed up.
+    :param gamma: Discount factor of rewards.
+    :param cost_gamma: Discount factor of costs.
+    :param kwargs: See :class:`_CostStorage`.
+    """
+
+    def __init__(self, *args: Any, n_steps: int = 3, gamma: float = 0.99, cost_gamma: float = 0.99, **kwargs: Any) -> None:
+        super().__init__(*args, n_steps=n_steps, gamma=gamma, **kwargs)
+        self.cost_gamma = cost_gamma
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> CostReplayBufferSamples:  # type: ignore[override]
+        envs = np.random.randint(0, self.n_envs, size=batch_inds.shape)
+        offsets = np.arange(self.n_steps)
+        rows = (batch_inds[:, None] + offsets) % self.buffer_size  # (batch, n_steps)
+        columns = envs[:, None]
+
+        # A sum stops where an episode ends, and at the newest transition: what follows it in memory is older
+        stops = np.logical_or(self.dones[rows, columns], self.timeouts[rows, columns])
+        stops |= rows == (self.pos - 1) % self.buffer_size
+        cuts = self.reward_cuts[rows, columns].astype(bool)
+        cost_last = self._first_true(stops)
+        reward_last = self._first_true(stops | cuts)
+        cost_mask = offsets <= cost_last[:, None]
+        reward_mask = offsets <= reward_last[:, None]
+
+        rewards = self._normalize_reward(self.rewards[rows, columns], env) * reward_mask * self.gamma**offsets
+        costs = self.costs[rows, columns] * (cost_mask * self.cost_gamma**offsets)[..., None]
+        last_rows = (batch_inds + cost_last) % self.buffer_size
+        terminated = self._terminations(last_rows, envs)
+        # Where a cut ended the reward sum it does not bootstrap, so both critics can look at the same next observation
+        was_cut = cuts[np.arange(len(rows)), reward_last]
+        dones = np.maximum(terminated, was_cut)
+        return CostReplayBufferSamples(
+            observations=self._lookup(self.observations, batch_inds, envs, env),
+            actions=self.to_torch(self.actions[batch_inds, envs]),
+            next_observations=self._lookup(self.next_observations, last_rows, envs, env),
+            dones=self._column(dones),
+            rewards=self._column(rewards.sum(axis=1)),
+            discounts=self._column(self.gamma ** (reward_last + 1.0)),
+            costs=self.to_torch(costs.sum(axis=1).astype(np.float32)),
+            cost_dones=self._column(terminated),
+            cost_discounts=self._column(self.cost_gamma ** (cost_last + 1.0)),
+        )
+
+    def _first_true(self, flags: np.ndarray) -> np.ndarray:
+        """Index of the first True in each row of (batch, n_steps), the last index where there is none."""
+        return np.where(flags.any(axis=1), flags.argmax(axis=1), self.n_steps - 1)
+
+    def _column(self, values: np.ndarray) -> th.Tensor:
+        return self.to_torch(values.astype(np.float32)).unsqueeze(1)
+
+
+class CostHerReplayBuffer(_CostStorage, HerReplayBuffer):  # type: ignore[misc]
+    """
+    :class:`~stable_baselines3.her.HerReplayBuffer` with costs.
+
+    A relabelled transition keeps the cost that was paid: costs must not depend on the goal.
+    """
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> CostReplayBufferSamples:  # type: ignore[override]
+        """
+        Sample real transitions and transitions with new goals.
+
+        :param batch_size: Number of elements to sample
+        :param env: Associated VecEnv to normalize the observations/rewards when sampling
+        :return: Samples
+        """
+        self._drawn: list[tuple[np.ndarray, np.ndarray]] = []
+        data = HerReplayBuffer.sample(self, batch_size, env)
+        # SB3 draws the real transitions, then the relabelled ones, and joins them in this order
+        rows, envs = (np.concatenate(indices) for indices in zip(*self._drawn, strict=True))
+        del self._drawn
+        cuts = self.to_torch(self.reward_cuts[rows, envs]).unsqueeze(1)
+        return CostReplayBufferSamples(
+            observations=data.observations,
+            actions=data.actions,
+            next_observations=data.next_observations,
+            dones=th.maximum(data.dones, cuts),
+            rewards=data.rewards,
+            discounts=None,
+            costs=self.to_torch(self.costs[rows, envs]),
+            cost_dones=data.dones,
+            cost_discounts=None,
+        )
+
+    def _get_real_samples(
+        self, batch_indices: np.ndarray, env_indices: np.ndarray, env: VecNormalize | None = None
+    ) -> DictReplayBufferSamples:
+        self._drawn.append((batch_indices, env_indices))
+        return super()._get_real_samples(batch_indices, env_indices, env)
+
+    def _get_virtual_samples(
+        self, batch_indices: np.ndarray, env_indices: np.ndarray, env: VecNormalize | None = None
+    ) -> DictReplayBufferSamples:
+        self._drawn.append((batch_indices, env_indices))
+        return super()._get_virtual_samples(batch_indices, env_indices, env)
+
+
+#: SB3's buffers and their twins
+_COST_TWINS: dict[type[ReplayBuffer], type[_CostStorage]] = {
+    ReplayBuffer: CostReplayBuffer,
+    DictReplayBuffer: CostDictReplayBuffer,
+    NStepReplayBuffer: CostNStepReplayBuffer,
+    HerReplayBuffer: CostHerReplayBuffer,
+}
+
+
+def cost_buffer_class(buffer_class: type[ReplayBuffer]) -> type[_CostStorage]:
+    """
+    The buffer with costs that stands in for a replay buffer class.
+
+    :param buffer_class: One of SB3's replay buffer classes, or a class with costs.
+    :return: Its twin with costs, or the class itself if it has costs already.
+    :raises ValueError: If the class is unknown: it would lose the costs.
+    """
+    if issubclass(buffer_class, _CostStorage):
+        return buffer_class
+    if buffer_class not in _COST_TWINS:
+        raise ValueError(
+            f"The replay buffer class {buffer_class.__name__} does not store costs. Use one of "
+            f"{[known.__name__ for known in (*_COST_TWINS, *_COST_TWINS.values())]}, or a subclass of one of sb3_algd.buffers."
+        )
+    return _COST_TWINS[buffer_class]

@@ -1,0 +1,121 @@
+"""Callbacks: evaluation with costs, and a limit in wall-clock time."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+
+from sb3_algd.evaluation import CostCounter
+from sb3_algd.recorder import cost_discount
+
+if TYPE_CHECKING:
+    from sb3_algd.algd import ALGD
+
+
+class CostEvalCallback(EvalCallback):
+    """
+    :class:`~stable_baselines3.common.callbacks.EvalCallback` that counts costs too.
+
+    - ``eval/mean_ep_cost`` is logged, in the unit of the model's limit (a discounted sum where the limit is one),
+      and one such key per constraint where there are several.
+    - ``evaluations.npz`` has the array ``costs`` of shape (n_evaluations, n_eval_episodes), with a last axis for the
+      constraints where there are several.
+    - The best model is the *feasible* one with the highest mean reward; as long as no evaluation was feasible, it is the
+      one that exceeds its limits least. ``best_mean_reward`` is the mean reward of that model, so it falls when the first
+      feasible model takes the place of an infeasible one.
+
+    :param args: Arguments of ``EvalCallback``.
+    :param kwargs: Keyword arguments of ``EvalCallback``.
+    """
+
+    model: "ALGD"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.evaluations_costs: list[np.ndarray] = []
+        #: By how much the best model so far exceeds its limits, 0 if it is feasible
+        self.best_violation = np.inf
+        self._best_reward = self.best_mean_reward
+
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        if not hasattr(self.model, "cost_limit"):
+            raise ValueError(
+                f"CostEvalCallback needs a model with cost limits, as ALGD has; {type(self.model).__name__} has none: "
+                "use EvalCallback."
+            )
+
+    def _on_step(self) -> bool:
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
+            return True
+        self._counter = CostCounter(self.model.cost_key, cost_discount(self.model), super()._log_success_callback)
+        self._best_reward = self.best_mean_reward
+        continue_training = super()._on_step()
+        self._settle_best()
+        costs = np.stack(self._counter.episode_costs)
+        if self.log_path is not None:
+            self.evaluations_costs.append(costs[:, 0] if costs.shape[1] == 1 else costs)
+            with np.load(f"{self.log_path}.npz") as stored:
+                evaluations = dict(stored)
+            np.savez(self.log_path, **evaluations, costs=self.evaluations_costs)
+        return continue_training
+
+    def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        """
+        What SB3 calls at each step of an evaluation.
+
+        With the last episode, before SB3 compares and logs, it has set what both need.
+
+        :param locals_: Local variables of ``evaluate_policy``
+        :param globals_: Its global variables
+        """
+        n_finished = len(self._counter.episode_costs)
+        self._counter(locals_, globals_)
+        if len(self._counter.episode_costs) == n_finished:
+            return
+        costs = np.mean(self._counter.episode_costs, axis=0)
+        limits = np.asarray(self.model.cost_limit)
+        for i, cost in enumerate(costs):
+            self.logger.record("eval/mean_ep_cost" if len(costs) == 1 else f"eval/mean_ep_cost_{i}", float(cost))
+        # Constraints may have different units, so what counts is the excess as a share of the limit
+        self._violation = float(np.sum(np.maximum(costs - limits, 0.0) / np.where(limits > 0, limits, 1.0)))
+        # SB3 takes the model for the best one if its mean reward exceeds this
+        if self._violation == self.best_violation:
+            self._threshold = self._best_reward
+        else:
+            self._threshold = -np.inf if self._violation < self.best_violation else np.inf
+        self.best_mean_reward = self._threshold
+
+    def _on_event(self) -> bool:
+        # What runs after an evaluation may read the best reward
+        self._settle_best()
+        return super()._on_event()
+
+    def _settle_best(self) -> None:
+        """Undo what was set for SB3's comparison, or take over its outcome."""
+        if self.best_mean_reward != self._threshold:
+            self._best_reward, self.best_violation = self.best_mean_reward, self._violation
+        self.best_mean_reward = self._threshold = self._best_reward
+
+
+class StopTrainingOnTimeLimit(BaseCallback):
+    """
+    Stop the training once it has taken a certain time.
+
+    :param seconds: Wall-clock time from the start of ``learn()``.
+    :param verbose: Verbosity level: 0 for no output, 1 for indicating when the time was up
+    """
+
+    def __init__(self, seconds: float, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.seconds = seconds
+
+    def _on_training_start(self) -> None:
+        self._started = time.monotonic()
+
+    def _on_step(self) -> bool:
+        continue_training = time.monotonic() - self._started < self.seconds
+        if self.verbose >= 1 and not continue_training:
+            print(f"Stopping training after {self.seconds:.0f} seconds and {self.num_timesteps} steps")
+        return continue_training

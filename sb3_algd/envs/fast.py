@@ -1,0 +1,352 @@
+"""Makes steps and resets of Safety-Gymnasium's navigation tasks many times faster, with the same results bit for bit.
+
+A step: the package asks MuJoCo for every position, sensor and contact by name, in Python, at every step. What a name stands
+for only changes when the world is rebuilt, so the names are looked up once for each reset, and the same numbers are read
+through indices from then on. Arithmetic is kept operation by operation: where a matrix product or a transcendental
+function is involved, the same NumPy function works on the same operands, stacked, since another could round differently.
+
+A reset: nearly all of it goes into decoding the pictures of a night sky, 190 MB, into the new model. It is left out where
+nothing is drawn. The rest goes into finding a layout by trial, which a distance in plain floats makes quicker.
+"""
+
+import math
+from types import ModuleType
+from typing import Any
+
+import mujoco
+import numpy as np
+from safety_gymnasium import world
+
+
+def fast_task_class(task_class: type, is_drawn: bool) -> type:
+    """
+    :param task_class: A navigation task of the package.
+    :param is_drawn: Whether it will be rendered.
+    :return: A subclass of it that is faster and gives the same results.
+    """
+    mixin = FastButtonMixin if task_class.__name__.startswith("Button") else FastMixin
+    return type(f"Fast{task_class.__name__}", (mixin, task_class), {"is_drawn": is_drawn})
+
+
+def body_ids(model: Any, obstacle: Any) -> list[int]:
+    """
+    :param model: The MuJoCo model.
+    :param obstacle: One of the task's kinds of object.
+    :return: The bodies whose positions the package gives as the positions of that kind of object.
+    """
+    if obstacle.name == "circle":
+        return [0]  # The package puts the circle at the origin, where MuJoCo's world body always is.
+    if not hasattr(obstacle, "num"):
+        return [int(model.body(obstacle.name).id)]
+    suffix = "obj" if obstacle.type == "mocaps" else ""
+    return [int(model.body(f"{obstacle.name[:-1]}{i}{suffix}").id) for i in range(obstacle.num)]
+
+
+class Sensors:
+    """
+    Reads an agent's sensors into the front of a flat observation.
+
+    :param task: The task, its world built.
+    """
+
+    def __init__(self, task: Any) -> None:
+        agent, model = task.agent, task.model
+        as_components = agent.sensor_conf.sensors_angle_components
+        hinges = set(agent.sensor_info.hinge_pos_names) if as_components else set()
+        balls = set(agent.sensor_info.ballquat_names) if as_components else set()
+        copied: list[tuple[int, int]] = []
+        angles: list[tuple[int, int]] = []
+        self._quaternions: list[tuple[int, int]] = []
+        self.size = 0
+        for name, space in agent.build_sensor_observation_space().items():
+            address = int(model.sensor_adr[model.sensor(name).id])
+            if name in hinges:
+                angles.append((address, self.size))
+            elif name in balls:
+                self._quaternions.append((address, self.size))
+            else:
+                # Of a free joint's position only z is observed.
+                address += 2 if name == agent.sensor_info.freejoint_pos_name else 0
+                copied.extend((address + i, self.size + i) for i in range(space.shape[0]))
+            self.size += int(np.prod(space.shape))
+        self._values = task.data.sensordata
+        self._copy_from, self._copy_to = np.array(copied, dtype=np.intp).reshape(-1, 2).T
+        self._angle_from, self._angle_to = np.array(angles, dtype=np.intp).reshape(-1, 2).T
+
+    def read_into(self, flat: np.ndarray) -> None:
+        """:param flat: The observation, of shape (n,), whose first :attr:`size` numbers are set."""
+        flat[self._copy_to] = self._values[self._copy_from]
+        if len(self._angle_from) > 0:
+            angles = self._values[self._angle_from]
+            flat[self._angle_to] = np.sin(angles)
+            flat[self._angle_to + 1] = np.cos(angles)
+        for address, start in self._quaternions:
+            mujoco.mju_quat2Mat(flat[start : start + 9], self._values[address : address + 4])
+
+
+class Lidars:
+    """
+    Reads the lidars of all kinds of object into a flat observation.
+
+    :param task: The task, its world built.
+    :param start: Where in the observation the first lidar begins.
+    """
+
+    def __init__(self, task: Any, start: int) -> None:
+        self._data = task.data
+        self._agent = int(task.model.body("agent").id)
+        self._bins: int = task.lidar_conf.num_bins
+        self._max_dist: float = task.lidar_conf.max_dist
+        self.starts: dict[str, int] = {}
+        bodies: list[int] = []
+        self._bin_starts: list[int] = []
+        for obstacle in task._obstacles:
+            if obstacle.is_lidar_observed:
+                ids = body_ids(task.model, obstacle)
+                bodies.extend(ids)
+                self._bin_starts.extend([start] * len(ids))
+                self.starts[obstacle.name] = start
+                start += self._bins
+        self._bodies = np.array(bodies, dtype=np.intp)
+        self._on_floor = np.zeros((len(bodies), 1, 3))
+
+    def read_into(self, flat: np.ndarray) -> None:
+        """:param flat: The observation, of shape (n,), zero where the lidars go."""
+        if len(self._bodies) == 0:
+            return
+        rotation = self._data.xmat[self._agent].reshape(3, 3)
+        self._on_floor[:, 0, :2] = self._data.xpos[self._bodies, :2]
+        # A stack of (1, 3) by (3, 3) products goes through the same routine as single ones; (n, 3) by (3, 3) does not.
+        seen = np.matmul(self._on_floor - self._data.xpos[self._agent], rotation)[:, 0, :]
+        distances = np.abs(seen[:, 0] + 1j * seen[:, 1]).tolist()
+        angles = (np.arctan2(seen[:, 1], seen[:, 0]) % (np.pi * 2)).tolist()
+        bin_size = (np.pi * 2) / self._bins
+        for distance, angle, start in zip(distances, angles, self._bin_starts, strict=True):
+            index = int(angle / bin_size)
+            share = (angle - bin_size * index) / bin_size
+            closeness = max(0, self._max_dist - distance) / self._max_dist
+            # Neighbouring bins show a part of the reading, so that it moves on without a jump.
+            for position, value in (
+                (start + index, closeness),
+                (start + (index + 1) % self._bins, share * closeness),
+                (start + (index - 1) % self._bins, (1 - share) * closeness),
+            ):
+                if value > flat[position]:
+                    flat[position] = value
+
+
+class Costs:
+    """
+    The costs of a task's objects, as the package counts them.
+
+    :param task: The task, its world built.
+    """
+
+    def __init__(self, task: Any) -> None:
+        self._data = task.data
+        self._model = task.model
+        self._obstacles = task._obstacles
+        self._agent = int(task.model.body("agent").id)
+        agent_geoms = set(task.agent.body_info.geom_names)
+        self.geom_names = [task.model.geom(i).name for i in range(task.model.ngeom)]
+        self._is_agent = [name in agent_geoms for name in self.geom_names]
+        self._bodies = {
+            obstacle.name: body_ids(task.model, obstacle)
+            for obstacle in self._obstacles
+            if obstacle.name in ("hazards", "vases")
+        }
+        self._jacobian = np.zeros((3, task.model.nv))
+
+    def touched(self) -> list[tuple[str, str]]:
+        """:return: The names of the two geoms of each contact that the agent takes part in."""
+        is_agent, names = self._is_agent, self.geom_names
+        return [(names[a], names[b]) for a, b in self._data.contact.geom.tolist() if is_agent[a] or is_agent[b]]
+
+    def of_step(self) -> dict[str, Any]:
+        """:return: The cost of each kind of object by the package's names, and their sum as ``cost_sum``."""
+        touched = self.touched()
+        costs: dict[str, Any] = {}
+        for obstacle in self._obstacles:
+            if not obstacle.is_constrained:
+                continue
+            if obstacle.name == "buttons":
+                if obstacle.timer == 0:
+                    goal = f"button{obstacle.goal_button}"
+                    others = [pair for pair in touched if goal not in pair]
+                    costs["cost_buttons"] = count(others, "button") * obstacle.cost
+            elif obstacle.name == "hazards":
+                costs["cost_hazards"] = self._hazards(obstacle)
+            elif obstacle.name == "pillars":
+                costs["cost_pillars"] = count(touched, "pillar") * obstacle.cost
+            elif obstacle.name == "gremlins":
+                costs["cost_gremlins"] = count(touched, "gremlin") * obstacle.contact_cost
+            elif obstacle.name == "vases" and not obstacle.displace_cost:
+                costs["cost_vases_contact"] = count(touched, "vase") * obstacle.contact_cost
+                costs["cost_vases_velocity"] = self._vases_velocity(obstacle)
+            else:
+                costs.update(obstacle.cal_cost())
+        costs["cost_sum"] = sum(costs.values())
+        return costs
+
+    def _hazards(self, hazards: Any) -> float:
+        x, y = self._data.xpos[self._agent, :2].tolist()
+        cost = 0.0
+        for hazard_x, hazard_y in self._data.xpos[self._bodies["hazards"], :2].tolist():
+            distance = distance_between(x, y, hazard_x, hazard_y)
+            if distance <= hazards.size:
+                cost += hazards.cost * (hazards.size - distance)
+        return cost
+
+    def _vases_velocity(self, vases: Any) -> float:
+        cost = 0.0
+        for body in self._bodies["vases"]:
+            mujoco.mj_jacBody(self._model, self._data, self._jacobian, None, body)
+            speed = np.sqrt(np.sum(np.square(np.dot(self._jacobian, self._data.qvel))))
+            if speed >= vases.velocity_threshold:
+                cost += speed * vases.velocity_cost
+        return cost
+
+
+def count(pairs: list[tuple[str, str]], kind: str) -> int:
+    """:param pairs: Names of geoms in contact. :param kind: How a name begins. :return: How many pairs have such a name."""
+    return sum(a.startswith(kind) or b.startswith(kind) for a, b in pairs)
+
+
+def moved_through_ids(gremlins: Any) -> Any:
+    """
+    :param gremlins: The task's gremlins, their world built.
+    :return: A function that moves them along their circles, in place of their method ``move``.
+    """
+    data, model = gremlins.engine.data, gremlins.engine.model
+    ids = [int(model.body_mocapid[model.body(f"gremlin{i}mocap").id]) for i in range(gremlins.num)]
+    position = np.array([0.0, 0.0, gremlins.size])
+
+    def move() -> None:
+        position[0] = np.sin(data.time) * gremlins.travel
+        position[1] = np.cos(data.time) * gremlins.travel
+        data.mocap_pos[ids] = position
+
+    return move
+
+
+class AssetsFile:
+    """
+    Stands for the module ``yaml`` in the package's ``world``, which parses the file of its textures at every reset.
+
+    :param yaml: The module, for the first time.
+    """
+
+    def __init__(self, yaml: ModuleType) -> None:
+        self._yaml: Any = yaml
+        self.FullLoader = self._yaml.FullLoader
+        self._assets: dict[str, Any] = {}
+        self.has_sky = True
+
+    def load(self, file: Any, Loader: Any) -> dict[str, Any]:
+        """
+        :param file: The opened file, read only if it has not been before.
+        :param Loader: Passed on.
+        :return: What is in the file; its sky a single grey pixel if :attr:`has_sky` is false.
+        """
+        if not self._assets:
+            self._assets = self._yaml.load(file, Loader=Loader)
+        if self.has_sky:
+            return self._assets
+        no_sky = {"@type": "skybox", "@builtin": "flat", "@width": "1", "@height": "6"}
+        return {**self._assets, "textures": {**self._assets["textures"], "skybox": no_sky}}
+
+
+def sample_layout(generator: Any) -> bool:
+    """
+    Draw a place for every object, as the package's method of that name does.
+
+    :param generator: The task's random generator, whose ``layout`` is set.
+    :return: Whether places were found that keep all objects apart.
+    """
+    margin = generator.placements_margin
+    layout: dict[str, np.ndarray] = {}
+    taken: list[tuple[float, float, float]] = []
+    for name, (placements, keepout) in generator.placements.items():
+        for _ in range(100):
+            place = generator.draw_placement(placements, keepout)
+            x, y = place.tolist()
+            if all(distance_between(x, y, *other) >= apart + margin + keepout for *other, apart in taken):
+                break
+        else:
+            return False
+        layout[name] = place
+        taken.append((x, y, keepout))
+    generator.layout = layout
+    return True
+
+
+def distance_between(x: float, y: float, other_x: float, other_y: float) -> float:
+    """
+    :return: The distance of two points, rounded as NumPy does for ``sqrt(sum(square(...)))``, which `math.hypot` is not.
+    """
+    dx, dy = x - other_x, y - other_y
+    return math.sqrt(dx * dx + dy * dy)
+
+
+class FastMixin:
+    """Goes before a task class of the package among the bases, and answers for it through indices."""
+
+    is_drawn: bool
+    """Whether the sky will be seen."""
+
+    def _build(self) -> None:
+        task: Any = self
+        task.random_generator.sample_layout = lambda: sample_layout(task.random_generator)
+        if not isinstance(world.yaml, AssetsFile):
+            world.yaml = AssetsFile(world.yaml)
+        world.yaml.has_sky = self.is_drawn
+        try:
+            super()._build()  # type: ignore[misc]
+        finally:
+            world.yaml.has_sky = True
+        self._costs = Costs(task)
+        self._sensors = Sensors(task)
+        self._lidars = Lidars(task, self._sensors.size)
+        for mocap in task._mocaps.values():
+            mocap.move = moved_through_ids(mocap)
+
+    def calculate_cost(self) -> dict[str, Any]:
+        """:return: The costs of this step by name, before they are made indicators."""
+        task: Any = self
+        mujoco.mj_forward(task.model, task.data)
+        return self._costs.of_step()
+
+    def obs(self) -> np.ndarray:
+        """
+        :return: The observation, of the shape and type of the task's observation space.
+        :raises ValueError: If it isn't in that space, which is how a simulation that has blown up shows.
+        """
+        task: Any = self
+        mujoco.mj_forward(task.model, task.data)
+        space = task.observation_space
+        flat = np.zeros(space.shape)
+        self._sensors.read_into(flat)
+        self._lidars.read_into(flat)
+        if not ((flat >= space.low) & (flat <= space.high)).all():
+            raise ValueError(f"The simulation has become unstable: {flat} is not in the observation space.")
+        return flat
+
+
+class FastButtonMixin(FastMixin):
+    """What the Button tasks have beyond that: a target that is pressed, and a time after it when buttons are not seen."""
+
+    def obs(self) -> np.ndarray:
+        """:return: As above, where the buttons' lidar reads zero for a while after the target was pressed."""
+        task: Any = self
+        flat = super().obs()
+        if task.buttons.timer != 0:
+            start = self._lidars.starts["buttons"]
+            flat[start : start + task.lidar_conf.num_bins] = 0.0
+        return flat
+
+    @property
+    def goal_achieved(self) -> bool:
+        """Whether the agent touches the target button."""
+        task: Any = self
+        goal = f"button{task.buttons.goal_button}"
+        return any(goal in pair for pair in self._costs.touched())

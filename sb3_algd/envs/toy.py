@@ -1,0 +1,77 @@
+"""A tiny constrained task whose optimum is known in closed form, for tests and the first minute. Needs no simulator."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+#: Steps per episode (the registered time limit)
+EPISODE_LENGTH = 100
+
+
+class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
+    """
+    Push as hard as you may, to either side, and keep the tracker on the target.
+
+    Each step shows a target ``s``, uniform in [-0.5, 0.5]. The action is ``(push, track)`` in [-1, 1]:
+
+    - reward: ``|push| - (track - s)**2``
+    - cost: ``push**2``, in ``info["cost"]``
+
+    The next target does not depend on the action, so that an episode of T steps with cost limit d is T times the same problem.
+    Since the reward grows like the square root of the cost, the best is to spend the limit evenly, ``|push| = sqrt(d / T)``
+    and ``track = s``, with return ``sqrt(d * T)``. Left and right are equally good: two modes. Without the constraint
+    ``|push| = 1`` would be best.
+
+    Episodes end by the registered time limit of 100 steps only.
+
+    :param cost_limit: Cost d allowed per episode of 100 steps, 25 for pushes of 0.5.
+    :param render_mode: Not supported, None.
+    """
+
+    # SB3 asks every environment that it makes from an id for pictures
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    cost_limit_discounted = False
+
+    def __init__(self, cost_limit: float = 25.0, render_mode: None = None) -> None:
+        self.cost_limit = cost_limit
+        self.render_mode = render_mode
+        self.observation_space = spaces.Box(-0.5, 0.5, shape=(1,), dtype=np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
+
+    @property
+    def optimal_return(self) -> float:
+        """Return of the best policy within the limit."""
+        return EPISODE_LENGTH * self.optimal_push
+
+    @property
+    def optimal_push(self) -> float:
+        """Size of the push of the best policy within the limit."""
+        return min(float(np.sqrt(self.cost_limit / EPISODE_LENGTH)), 1.0)
+
+    def _observe(self) -> np.ndarray:
+        self._target = self.np_random.uniform(-0.5, 0.5, size=1).astype(np.float32)
+        return self._target
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """
+        Start an episode.
+
+        :param seed: Seed of the targets
+        :param options: Not used
+        :return: First target, shape (1,), and an empty info
+        """
+        super().reset(seed=seed)
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """
+        Act once.
+
+        :param action: (push, track), shape (2,)
+        :return: Next target, reward, False, False, and the cost in ``info["cost"]``
+        """
+        push, track = np.clip(action, -1.0, 1.0)
+        reward = float(abs(push) - (track - self._target[0]) ** 2)
+        return self._observe(), reward, False, False, {"cost": float(push**2)}

@@ -1,0 +1,126 @@
+"""
+The Lagrangian side of ALGD: risk, augmented Lagrangian energy and multiplier.
+
+Shapes: ``n_c`` is the number of constraints, ``E`` the number of cost critics, ``...`` any leading dimensions
+(batch, or samples x batch). Everything here is independent of networks and environments.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch as th
+from torch import nn
+
+# log(lambda) of the paper's released configuration: lambda starts at 0.6931
+DEFAULT_MULTIPLIER_INIT = 0.6931
+# A variance below this is taken as zero, so that the standard deviation's gradient stays finite
+MIN_VARIANCE = 1e-12
+
+
+def estimate_risk(cost_values: th.Tensor, coef: float) -> th.Tensor:
+    """
+    Pessimistic cost estimate, mean plus ``coef`` standard deviations over the ensemble (unbiased, 0 if E = 1).
+
+    :param cost_values: Values of the cost critics, shape (E, ..., n_c).
+    :param coef: How many standard deviations are added.
+    :return: Risk, shape (..., n_c).
+    """
+    mean = cost_values.mean(dim=0)
+    if cost_values.shape[0] == 1 or coef == 0.0:
+        return mean
+    return mean + coef * cost_values.var(dim=0).clamp_min(MIN_VARIANCE).sqrt()
+
+
+def augmented_lagrangian(
+    reward_value: th.Tensor, risk: th.Tensor, multiplier: th.Tensor, budget: th.Tensor, rho: float
+) -> th.Tensor:
+    """
+    The energy that guides the denoising (the paper's augmented Lagrangian):
+
+    .. math::
+        L_A = -Q + \\sum_i \\frac{1}{2\\rho} \\left( [\\lambda_i + \\rho (risk_i - h_i)]_+^2 - \\lambda_i^2 \\right)
+
+    ``rho=0`` is its limit, the plain Lagrangian :math:`-Q + \\sum_i \\lambda_i (risk_i - h_i)`. Computed in a form without the
+    cancellation of the two squares, so that small values of ``rho`` are exact in single precision.
+
+    :param reward_value: :math:`Q(s, a)`, the minimum over the reward critics, shape (...).
+    :param risk: Shape (..., n_c), see :func:`estimate_risk`.
+    :param multiplier: :math:`\\lambda \\geq 0`, shape (n_c,).
+    :param budget: :math:`h`, in the unit of the risk, shape (n_c,).
+    :param rho: Penalty coefficient, >= 0.
+    :return: Energy, shape (...).
+    """
+    violation = risk - budget
+    penalty = multiplier * violation
+    if rho > 0.0:
+        active = multiplier + rho * violation > 0.0
+        penalty = th.where(active, penalty + 0.5 * rho * violation.square(), -multiplier.square() / (2.0 * rho))
+    return penalty.sum(dim=-1) - reward_value
+
+
+class LagrangeMultiplier(nn.Module):
+    """
+    One multiplier :math:`\\lambda_i` per constraint, moved by dual gradient ascent with its own Adam optimizer.
+
+    Its state (the multipliers) and the state of ``optimizer`` are saved and restored exactly by ``ALGD.save`` and
+    ``ALGD.load``.
+
+    :param n_constraints: Number of constraints n_c.
+    :param init_value: Initial value of every multiplier, > 0 in log space.
+    :param learning_rate: Initial learning rate.
+    :param max_value: Upper bound, reached multipliers are clamped to it.
+    :param space: ``"log"`` (the paper: :math:`\\lambda = e^\\theta`, multiplicative steps) or ``"projected"``
+        (:math:`\\lambda` itself, projected onto [0, max_value]).
+    :raises ValueError: If the initial value or the bound make no sense.
+    """
+
+    def __init__(
+        self,
+        n_constraints: int = 1,
+        init_value: float = DEFAULT_MULTIPLIER_INIT,
+        learning_rate: float = 3e-4,
+        max_value: float = 100.0,
+        space: Literal["log", "projected"] = "log",
+    ) -> None:
+        super().__init__()
+        if space not in ("log", "projected"):
+            raise ValueError(f"The multiplier moves in 'log' or 'projected' space, got {space!r}.")
+        if not 0.0 <= init_value <= max_value or not np.isfinite(max_value) or max_value <= 0.0:
+            raise ValueError(
+                "The multiplier must start between 0 and its (finite, positive) maximum, "
+                f"got an initial value of {init_value} and a maximum of {max_value}."
+            )
+        if space == "log" and init_value == 0.0:
+            raise ValueError(
+                "In log space the multiplier cannot start at 0: use a small positive value, or the projected space."
+            )
+        self.space = space
+        self.max_value = max_value
+        start = float(np.log(init_value)) if space == "log" else init_value
+        self.parameter = nn.Parameter(th.full((n_constraints,), start))
+        self.optimizer = th.optim.Adam([self.parameter], lr=learning_rate)
+
+    @property
+    def value(self) -> th.Tensor:
+        """The multipliers, detached, shape (n_c,)."""
+        parameter = self.parameter.detach()
+        return parameter.exp() if self.space == "log" else parameter
+
+    def update(self, violation: th.Tensor) -> th.Tensor:
+        """
+        One step of dual ascent: a multiplier rises where its constraint is violated and falls where there is slack.
+
+        :param violation: :math:`risk_i - h_i`, shape (n_c,).
+        :return: The loss before the step, detached, scalar: :math:`\\sum_i \\lambda_i (h_i - risk_i)`.
+        """
+        current = self.parameter.exp() if self.space == "log" else self.parameter
+        loss = -(current * violation.detach()).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with th.no_grad():
+            if self.space == "log":
+                self.parameter.clamp_(max=float(np.log(self.max_value)))
+            else:
+                self.parameter.clamp_(min=0.0, max=self.max_value)
+        return loss.detach()

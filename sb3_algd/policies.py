@@ -1,0 +1,341 @@
+"""
+The policy of ALGD: a diffusion actor, reward critics, cost critics and the critics' targets.
+"""
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from torch import nn
+
+from sb3_algd.diffusion import make_process
+from sb3_algd.networks import BoundDenoiser, DenoisingNetwork, EnsembleCritic
+
+
+class DiffusionActor(BasePolicy):
+    """
+    Actor that samples actions by denoising.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Hidden layers of the denoising network
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    :param diffusion: Reverse process, ``"ve"`` or ``"ddpm"``
+    :param denoising_steps: Number of denoising steps K
+    :param diffusion_kwargs: Constants of the process's noise schedule
+    """
+
+    action_space: spaces.Box
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        diffusion: str = "ve",
+        denoising_steps: int = 5,
+        diffusion_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        # Save arguments to re-create object at loading
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.diffusion = diffusion
+        self.denoising_steps = denoising_steps
+        self.diffusion_kwargs = diffusion_kwargs
+
+        self.action_dim = get_action_dim(action_space)
+        self.process = make_process(diffusion, denoising_steps, **(diffusion_kwargs or {}))
+        self.network = DenoisingNetwork(
+            features_dim, self.action_dim, denoising_steps, net_arch, activation_fn, self.process.predicts_noise
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                features_dim=self.features_dim,
+                activation_fn=self.activation_fn,
+                features_extractor=self.features_extractor,
+                diffusion=self.diffusion,
+                denoising_steps=self.denoising_steps,
+                diffusion_kwargs=self.diffusion_kwargs,
+            )
+        )
+        return data
+
+    def denoise(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[BoundDenoiser, list[th.Tensor]]:
+        """
+        Run the reverse process for a batch of observations.
+
+        :param obs: Observations
+        :param deterministic: Whether to leave out all noise
+        :return: The network bound to the observations, and the K + 1 latents from first to last,
+            each of shape (batch, action_dim); the action is the tanh of the last one.
+        """
+        denoiser = self.network.bind(self.extract_features(obs, self.features_extractor))
+        latents = self.process.denoise(denoiser, (denoiser.batch_size, self.action_dim), deterministic)
+        return denoiser, latents
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: Observations
+        :param deterministic: Whether to leave out all noise
+        :return: Actions in [-1, 1], shape (batch, action_dim)
+        """
+        _, latents = self.denoise(obs, deterministic)
+        return th.tanh(latents[-1])
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class DiffusionPolicy(BasePolicy):
+    """
+    Policy class (diffusion actor, reward critics, cost critics and their targets) for ALGD.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the networks: a list for all, or ``dict(pi=[...], qf=[...])``
+        (``[128, 128, 128]`` for the actor and ``[256, 256]`` for reward and cost critics by default, the paper's)
+    :param activation_fn: Activation function of the actor and the reward critics
+    :param diffusion: Reverse process: ``"ve"`` (variance exploding) or ``"ddpm"``
+    :param denoising_steps: Number of denoising steps K
+    :param diffusion_kwargs: Constants of the noise schedule, see :class:`~sb3_algd.diffusion.VESDE`
+        and :class:`~sb3_algd.diffusion.DDPM`
+    :param n_cost_critics: Number of cost critics E
+    :param cost_activation_fn: Activation function of the cost critics
+    :param n_constraints: Number of constraints n_c, set by ALGD from its ``cost_limit``
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments
+        to pass to the features extractor.
+    :param normalize_images: Whether to normalize images or not,
+         dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use,
+        ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments,
+        excluding the learning rate, to pass to the optimizer
+    :param n_critics: Number of reward critics to create.
+    :param share_features_extractor: Whether to share or not the features extractor
+        between the actor and the critics (this saves computation time)
+    """
+
+    actor: DiffusionActor
+    critic: EnsembleCritic
+    critic_target: EnsembleCritic
+    cost_critic: EnsembleCritic
+    cost_critic_target: EnsembleCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        diffusion: str = "ve",
+        denoising_steps: int = 5,
+        diffusion_kwargs: dict[str, Any] | None = None,
+        n_cost_critics: int = 4,
+        cost_activation_fn: type[nn.Module] = nn.SiLU,
+        n_constraints: int = 1,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        if net_arch is None:
+            net_arch = dict(pi=[128, 128, 128], qf=[256, 256])
+        actor_arch, critic_arch = get_actor_critic_arch(net_arch)
+
+        self.net_arch = net_arch
+        self.share_features_extractor = share_features_extractor
+        net_args = {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "normalize_images": normalize_images,
+        }
+        self.actor_kwargs = {
+            **net_args,
+            "net_arch": actor_arch,
+            "activation_fn": activation_fn,
+            "diffusion": diffusion,
+            "denoising_steps": denoising_steps,
+            "diffusion_kwargs": diffusion_kwargs,
+        }
+        shared_kwargs = {**net_args, "net_arch": critic_arch, "share_features_extractor": share_features_extractor}
+        self.critic_kwargs = {**shared_kwargs, "activation_fn": activation_fn, "n_critics": n_critics}
+        self.cost_critic_kwargs = {
+            **shared_kwargs,
+            "activation_fn": cost_activation_fn,
+            "n_critics": n_cost_critics,
+            "n_outputs": n_constraints,
+            "narrow_init": True,
+        }
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.actor = DiffusionActor(**self._update_features_extractor(self.actor_kwargs)).to(self.device)
+        self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), lr_schedule)
+        self.critic, self.critic_target = self._make_critic_pair(self.critic_kwargs)
+        self.cost_critic, self.cost_critic_target = self._make_critic_pair(self.cost_critic_kwargs)
+        for critic in (self.critic, self.cost_critic):
+            # A shared features extractor is trained by the policy loss only
+            own = [
+                parameter
+                for name, parameter in critic.named_parameters()
+                if not (self.share_features_extractor and name.startswith("features_extractor"))
+            ]
+            critic.optimizer = self._make_optimizer(own, lr_schedule)
+
+    def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _make_critic_pair(self, critic_kwargs: dict[str, Any]) -> tuple[EnsembleCritic, EnsembleCritic]:
+        """Make an ensemble and its target, which never shares its features extractor and always is in eval mode."""
+        shared = self.actor.features_extractor if self.share_features_extractor else None
+        critic = EnsembleCritic(**self._update_features_extractor(critic_kwargs, shared)).to(self.device)
+        target = EnsembleCritic(**self._update_features_extractor(critic_kwargs)).to(self.device)
+        target.load_state_dict(critic.state_dict())
+        target.set_training_mode(False)
+        target.requires_grad_(False)
+        return critic, target
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                activation_fn=self.actor_kwargs["activation_fn"],
+                diffusion=self.actor_kwargs["diffusion"],
+                denoising_steps=self.actor_kwargs["denoising_steps"],
+                diffusion_kwargs=self.actor_kwargs["diffusion_kwargs"],
+                n_cost_critics=self.cost_critic_kwargs["n_critics"],
+                cost_activation_fn=self.cost_critic_kwargs["activation_fn"],
+                n_constraints=self.cost_critic_kwargs["n_outputs"],
+                n_critics=self.critic_kwargs["n_critics"],
+                share_features_extractor=self.share_features_extractor,
+                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+                optimizer_class=self.optimizer_class,
+                optimizer_kwargs=self.optimizer_kwargs,
+                features_extractor_class=self.features_extractor_class,
+                features_extractor_kwargs=self.features_extractor_kwargs,
+            )
+        )
+        return data
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: Observations
+        :param deterministic: Whether to leave out all noise
+        :return: Actions in [-1, 1], shape (batch, action_dim)
+        """
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.actor(observation, deterministic)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode.
+
+        This affects certain modules, such as batch normalisation and dropout. Targets always stay in evaluation mode.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.cost_critic.set_training_mode(mode)
+        self.training = mode
+
+    def update_targets(self, tau: float) -> None:
+        """
+        Move the target critics towards the critics.
+
+        :param tau: Polyak coefficient, 1 copies the critics
+        """
+        for critic, target in ((self.critic, self.critic_target), (self.cost_critic, self.cost_critic_target)):
+            polyak_update(critic.parameters(), target.parameters(), tau)
+
+    def copy_batch_norm_stats(self) -> None:
+        """Copy the running statistics of the critics' normalisation layers to the targets (SB3's GH issue #996)."""
+        for critic, target in ((self.critic, self.critic_target), (self.cost_critic, self.cost_critic_target)):
+            polyak_update(get_parameters_by_name(critic, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
+
+
+MlpPolicy = DiffusionPolicy
+
+
+class CnnPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` for image observations: ``NatureCNN`` is the default features extractor."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+class MultiInputPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` for Dict observations: ``CombinedExtractor`` is the default features extractor."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )

@@ -1,0 +1,217 @@
+"""Learning curves as CSV files: what the benchmarks and ``python -m sb3_algd.train`` measure while they train."""
+
+import csv
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_algd.buffers import CostKey, read_costs
+from sb3_algd.constraint import EpisodeCostTracker
+from sb3_algd.evaluation import evaluate_policy
+
+COLUMNS = (
+    "step",
+    "return_mean",
+    "return_std",
+    "cost_mean",
+    "cost_std",
+    "return_det",
+    "cost_det",
+    "train_cost",
+    "multiplier",
+    "seconds",
+)
+
+#: One row, by column
+Row = dict[str, float]
+
+#: Added to the seed of a run, so that no evaluation sees an episode that training may see
+EVAL_SEED = 1_000_000
+
+
+@contextmanager
+def preserved_random_state(device: th.device) -> Iterator[None]:
+    """
+    Give every global random generator its state back afterwards, so that what runs inside has no influence on training.
+
+    :param device: The device of the model, whose generator is kept beside the CPU's.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with th.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def make_envs(env_id: str, n_envs: int = 1, seed: int | None = None) -> VecEnv:
+    """
+    SB3's ``make_vec_env`` without rendering, which it always asks for where it is given an id.
+
+    :param env_id: Gymnasium id.
+    :param n_envs: How many environments, stepped one after the other in this process.
+    :param seed: Seed of the first one, the others count on.
+    :return: The environments, each in a ``Monitor``.
+    """
+    return make_vec_env(lambda: gym.make(env_id), n_envs, seed=seed)
+
+
+def cost_discount(model: Any) -> float:
+    """
+    :param model: Any SB3 model.
+    :return: The discount factor with which costs are summed up in the unit of the model's limit: 1 unless the limit is a
+        discounted sum.
+    """
+    return model.cost_gamma if getattr(model, "cost_limit_discounted", False) else 1.0
+
+
+def describe(row: Row) -> str:
+    """:param row: A row of a learning curve. :return: It in a line for people."""
+    return (
+        f"step {row['step']:.0f}: return {row['return_mean']:.2f} (deterministic {row['return_det']:.2f}), "
+        f"cost {row['cost_mean']:.2f} (deterministic {row['cost_det']:.2f}, training {row['train_cost']:.2f}), "
+        f"multiplier {row['multiplier']:.3g}, {row['seconds']:.0f} s"
+    )
+
+
+class LearningCurveRecorder(BaseCallback):
+    """
+    Evaluate the policy every ``eval_freq`` steps and at the end of training, and append a row to a CSV file each time.
+
+    Training is the same, number for number, as without it: evaluations have environments of their own and leave the global
+    random generators as they were. Costs are in the unit of the limit (a discounted sum if the limit is one).
+
+    While training runs the file is named ``<path>.partial``, it gets its name when training has ended.
+
+    :param path: The CSV file.
+    :param make_eval_env: Makes that many environments, stepped together. They must not be normalised.
+    :param eval_freq: Environment steps between two evaluations.
+    :param n_episodes: Episodes with stochastic actions.
+    :param n_deterministic: Episodes with deterministic actions. One is enough where every episode starts the same.
+    :param seed: Seed of the run; evaluations use seeds derived from it that training does not use.
+    :param cost_key: Key of ``info`` that holds the cost, or a function of it.
+    :param cost_gamma: Discount factor of evaluated costs. None for that of the model's limit.
+    :param on_row: Called with each new row.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        make_eval_env: Callable[[int], VecEnv],
+        eval_freq: int = 2000,
+        n_episodes: int = 20,
+        n_deterministic: int = 1,
+        seed: int = 0,
+        cost_key: CostKey = "cost",
+        cost_gamma: float | None = None,
+        on_row: Callable[[Row], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.partial_path = self.path.with_name(self.path.name + ".partial")
+        self.make_eval_env = make_eval_env
+        self.eval_freq = eval_freq
+        self.n_episodes = n_episodes
+        self.n_deterministic = n_deterministic
+        self.seed = seed
+        self.cost_key = cost_key
+        self.cost_gamma = cost_gamma
+        self.on_row = on_row
+        self.rows: list[Row] = []
+
+    def _on_training_start(self) -> None:
+        if np.size(getattr(self.model, "cost_limit", 0.0)) != 1:
+            raise ValueError(
+                "A learning curve has one cost column, but the model has several constraints: use CostEvalCallback."
+            )
+        if self.cost_gamma is None:
+            self.cost_gamma = cost_discount(self.model)
+        with preserved_random_state(self.model.device):
+            self.stochastic_env = self.make_eval_env(self.n_episodes)
+            self.deterministic_env = self.make_eval_env(self.n_deterministic)
+        # Longer than any stretch between two evaluations
+        self._training_costs = EpisodeCostTracker(self.training_env.num_envs, 1, self.cost_gamma, window=self.eval_freq)
+        self._next_eval = self.num_timesteps + self.eval_freq
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = self.partial_path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._started, self._evaluating = time.monotonic(), 0.0
+
+    def _on_step(self) -> bool:
+        costs, _ = read_costs(self.locals["infos"], self.cost_key, 1)
+        self._training_costs.update(costs, self.locals["dones"])
+        if self.num_timesteps >= self._next_eval:
+            self._next_eval += self.eval_freq
+            self._record()
+        return True
+
+    def _record(self) -> None:
+        began = time.monotonic()
+        # Rows hold the time spent on training alone, which is what a user without this recorder would wait for
+        seconds = began - self._started - self._evaluating
+        returns, costs = self._play(self.stochastic_env, self.n_episodes, deterministic=False)
+        returns_det, costs_det = self._play(self.deterministic_env, self.n_deterministic, deterministic=True)
+        train_costs = self._training_costs.discounted_costs
+        multiplier = getattr(self.model, "lagrange_multiplier", None)
+        row = {
+            "step": self.num_timesteps,
+            "return_mean": np.mean(returns),
+            "return_std": np.std(returns),
+            "cost_mean": np.mean(costs),
+            "cost_std": np.std(costs),
+            "return_det": np.mean(returns_det),
+            "cost_det": np.mean(costs_det),
+            "train_cost": np.mean(train_costs) if train_costs else np.nan,
+            "multiplier": np.nan if multiplier is None else float(multiplier.value),
+            "seconds": seconds,
+        }
+        train_costs.clear()
+        self._writer.writerow({key: f"{value:.6g}" if key != "step" else value for key, value in row.items()})
+        # A run may be killed at any time; what it has measured must be on disk by then
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows.append({key: float(value) for key, value in row.items()})
+        self._evaluating += time.monotonic() - began
+        if self.on_row is not None:
+            self.on_row(self.rows[-1])
+
+    def _play(self, env: VecEnv, n_episodes: int, deterministic: bool) -> tuple[list[float], np.ndarray]:
+        """Return and cost of each of ``n_episodes`` episodes, whose seeds depend on the run's seed and on the step alone."""
+        assert self.cost_gamma is not None
+        with preserved_random_state(self.model.device):
+            seed = EVAL_SEED * (self.seed + 1) + self.num_timesteps
+            set_random_seed(seed, using_cuda=self.model.device.type == "cuda")
+            env.seed(seed)
+            returns, _, costs = evaluate_policy(
+                self.model,
+                env,
+                n_eval_episodes=n_episodes,
+                deterministic=deterministic,
+                return_episode_rewards=True,
+                warn=False,
+                cost_key=self.cost_key,
+                cost_gamma=self.cost_gamma,
+            )
+        return returns, costs
+
+    def _on_training_end(self) -> None:
+        if not self.rows or self.rows[-1]["step"] != self.num_timesteps:
+            self._record()
+        self._file.close()
+        self.partial_path.replace(self.path)
+        self.stochastic_env.close()
+        self.deterministic_env.close()

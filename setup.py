@@ -1,0 +1,82 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# Read, not imported: nothing that the package needs is installed yet
+INIT = (ROOT / "sb3_algd" / "__init__.py").read_text(encoding="utf-8")
+(VERSION,) = re.findall(r'^__version__ = "(.+)"', INIT, re.MULTILINE)
+
+setup(
+    name="sb3_algd",
+    version=VERSION,
+    description="Safe reinforcement learning with diffusion policies (ALGD) for Stable-Baselines3",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="sb3_algd contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords="safe-reinforcement-learning constrained diffusion-policy stable-baselines3 gymnasium pytorch",
+    packages=find_packages(include=["sb3_algd", "sb3_algd.*"]),
+    package_data={"sb3_algd": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "stable-baselines3>=2.9,<3",
+        # Stable-Baselines3 brings these three; the bounds are the ones that our own code needs.
+        "torch>=2.8,<3",
+        "gymnasium>=1.0,<2",
+        "numpy>=1.26,<3",
+    ],
+    extras_require={
+        # What safety-gymnasium needs at import through our adapter. The package itself is missing on purpose: its only
+        # release pins gymnasium==0.28.1, mujoco==2.3.3 and pygame==2.1.0, which no resolver can install beside
+        # Stable-Baselines3 2.9. It works when it is installed alone, `pip install --no-deps safety-gymnasium==1.0.0`.
+        "safety": [
+            "gymnasium[mujoco]>=1.0,<2",
+            "mujoco>=3.1",
+            "xmltodict>=0.13",
+            "pyyaml>=6.0",
+            "imageio>=2.27",
+        ],
+        "zoo": [
+            "rl_zoo3>=2.9,<3",
+            "optuna>=4.0",
+            # rl_zoo3 imports these without declaring them: requests in enjoy, pandas in the report of an optimisation,
+            # the other three in its plots.
+            "requests",
+            "pandas",
+            "seaborn",
+            "scipy",
+            "matplotlib",
+        ],
+        "tests": [
+            "pytest>=8",
+            "pytest-cov",
+            "pytest-xdist",
+            "mypy>=1.9",
+            "ruff>=0.9",
+            "black>=26.1",
+            "types-pyyaml",
+            "types-tqdm",
+            "sb3-contrib>=2.9,<3",
+            "matplotlib>=3.8",
+            "pyyaml>=6.0",
+            "tensorboard>=2.9.1",
+            # SB3's progress bar
+            "tqdm",
+            "rich",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

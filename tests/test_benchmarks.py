@@ -1,0 +1,149 @@
+"""The benchmark runner: grids of runs that can be interrupted, and what is drawn from them."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SMALL = ["--tasks", "TwoModes-v0", "--episodes", "2", "--jobs", "2"]
+#: Networks of this size make no sense, but are quick
+TINY = ["--name", "tiny", "--set", "policy_kwargs.net_arch=[8]", "batch_size=8"]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run() -> ModuleType:
+    return load("run")
+
+
+def command(out: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(BENCHMARKS / "run.py"), *SMALL, "--out", str(out), *arguments]
+
+
+def call(out: Path, *arguments: str) -> str:
+    done = subprocess.run(command(out, *arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
+    arguments = ["--algorithms", "algd-ve", "--seeds", "0", "1", "--steps", "40", "--eval-every", "20", *TINY]
+    output = call(tmp_path, *arguments)
+    assert "2 runs, 0 finished before, 2 to do" in output
+    folder = tmp_path / "TwoModes-v0" / "tiny"
+    curves = {path.name: path.read_text() for path in folder.glob("*.csv")}
+    assert sorted(curves) == ["seed0.csv", "seed1.csv"]
+    assert curves["seed0.csv"] != curves["seed1.csv"]
+    for text in curves.values():
+        assert [line.split(",")[0] for line in text.splitlines()] == ["step", "20", "40"]
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert settings["cost_limit"] == 25.0
+    assert settings["kwargs"] == {"policy_kwargs": {"diffusion": "ve", "net_arch": [8]}, "batch_size": 8}
+
+    # Only the seed that is new is done
+    output = call(tmp_path, *arguments[:4], *arguments[4:])
+    assert "0 to do" in output
+    assert {path.name: path.read_text() for path in folder.glob("*.csv")} == curves
+
+    plot = [sys.executable, str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--out", str(tmp_path / "img")]
+    table = subprocess.run(plot, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
+    assert table[2].startswith("| TwoModes-v0 | tiny | 2 | 40 |")
+    assert table[0].count("|") == table[1].count("|") == table[2].count("|")
+    assert (tmp_path / "img" / "TwoModes-v0.png").stat().st_size > 10_000
+
+
+def test_a_killed_run_starts_afresh(tmp_path: Path) -> None:
+    arguments = ["--algorithms", "algd-ve", "--seeds", "0", "--steps", "4000", "--eval-every", "20", *TINY]
+    folder = tmp_path / "TwoModes-v0" / "tiny"
+    partial = folder / "seed0.csv.partial"
+    process = subprocess.Popen(command(tmp_path, *arguments), start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (partial.exists() and partial.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert not (folder / "seed0.csv").exists()
+
+    # Other settings than those of the runs that are there: refused, before anything is trained
+    arguments[5] = "40"
+    refused = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, timeout=300)
+    assert refused.returncode != 0
+    assert "steps: 4000 there, 40 now" in refused.stderr
+
+    (folder / "settings.yaml").unlink()
+    assert "1 runs, 0 finished before, 1 to do" in call(tmp_path, *arguments)
+    assert (folder / "seed0.csv").read_text().count("\n") == 3
+    assert not partial.exists()
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
+    broken = ["--name", "broken", "--set", "batch_size=8", "rho=-1"]
+    done = subprocess.run(
+        command(tmp_path, "--algorithms", "algd-ve", "--seeds", "0", "1", "--steps", "10", *broken, "--jobs", "1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("FAILED") == 2
+    assert "rho" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (["rho=0"], {"rho": 0}),
+        (["learning_rate=3e-4"], {"learning_rate": 3e-4}),
+        (["multiplier_space=projected"], {"multiplier_space": "projected"}),
+        (["cost_limit=null", "tau=0.01"], {"cost_limit": None, "tau": 0.01}),
+        (["policy_kwargs.a=1", "policy_kwargs.net_arch.pi=[8, 8]"], {"policy_kwargs": {"a": 1, "net_arch": {"pi": [8, 8]}}}),
+    ],
+)
+def test_overrides_are_yaml(run: ModuleType, pairs: list[str], expected: dict[str, Any]) -> None:
+    assert run.parse_overrides(pairs) == expected
+
+
+def test_an_override_without_a_value_is_refused(run: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="key=value"):
+        run.parse_overrides(["rho"])
+
+
+def test_overrides_win_and_leave_the_defaults_alone(run: ModuleType) -> None:
+    base = {"a": 1, "nested": {"x": 1, "y": 2}}
+    assert run.merged(base, {"nested": {"x": 3}, "b": 4}) == {"a": 1, "nested": {"x": 3, "y": 2}, "b": 4}
+    assert base == {"a": 1, "nested": {"x": 1, "y": 2}}
+
+
+@pytest.mark.parametrize("arguments", [["--set", "rho=0"], ["--name", "x"]])
+def test_an_experiment_needs_a_name_and_one_algorithm(
+    run: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run.parse_arguments(arguments)
+    assert "--name" in capsys.readouterr().err
+
+
+def test_an_unknown_task_is_refused_before_anything_runs(run: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="NoSuchTask"):
+        run.main(["--tasks", "NoSuchTask-v0", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,137 @@
+"""The energy, the risk and the multiplier, held against their formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_algd.lagrangian import LagrangeMultiplier, augmented_lagrangian, estimate_risk
+
+RISK = th.linspace(-3.0, 5.0, 33, dtype=th.float64)
+BUDGET = th.tensor([1.2], dtype=th.float64)
+
+
+def penalty(risk: th.Tensor, multiplier: float, rho: float) -> th.Tensor:
+    """Energy of actions of value 0, for one constraint."""
+    return augmented_lagrangian(
+        th.zeros(risk.shape, dtype=th.float64), risk.unsqueeze(-1), th.tensor([multiplier], dtype=th.float64), BUDGET, rho
+    )
+
+
+@pytest.mark.parametrize("rho", [0.1, 1.0, 7.0])
+@pytest.mark.parametrize("multiplier", [0.0, 0.7, 3.0])
+def test_energy_equals_the_papers_formula(multiplier: float, rho: float) -> None:
+    squares = (multiplier + rho * (RISK - BUDGET)).clamp_min(0.0).square() - multiplier**2
+    th.testing.assert_close(penalty(RISK, multiplier, rho), squares / (2.0 * rho))
+
+
+def test_energy_tends_to_the_plain_lagrangian_as_rho_vanishes() -> None:
+    risk = RISK.clone().requires_grad_()
+    plain = penalty(risk, 0.7, 0.0)
+    (plain_grad,) = th.autograd.grad(plain.sum(), risk)
+    th.testing.assert_close(plain.detach(), 0.7 * (RISK - BUDGET))
+    th.testing.assert_close(plain_grad, th.full_like(RISK, 0.7))
+    gaps = []
+    for rho in (1e-1, 1e-2, 1e-3, 1e-4):
+        augmented = penalty(risk, 0.7, rho)
+        (grad,) = th.autograd.grad(augmented.sum(), risk)
+        gaps.append(max((augmented - plain).abs().max().item(), (grad - plain_grad).abs().max().item()))
+    # The gap is rho/2 (risk - h)^2 in value and rho |risk - h| in slope: ten times smaller each time
+    np.testing.assert_allclose(np.array(gaps[1:]) / np.array(gaps[:-1]), 0.1, rtol=1e-6)
+
+
+def test_small_rho_is_exact_in_single_precision() -> None:
+    risk = th.tensor([[5.0]])
+    energy = augmented_lagrangian(th.zeros(1), risk, th.tensor([0.7]), th.tensor([1.2]), rho=1e-6)
+    assert energy.item() == pytest.approx(0.7 * 3.8 + 0.5e-6 * 3.8**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("rho", [0.5, 2.0])
+def test_slope_and_curvature(rho: float) -> None:
+    multiplier = 0.7
+    risk = RISK.clone().requires_grad_()
+    (slope,) = th.autograd.grad(penalty(risk, multiplier, rho).sum(), risk, create_graph=True)
+    th.testing.assert_close(slope.detach(), (multiplier + rho * (RISK - BUDGET)).clamp_min(0.0))
+    (curvature,) = th.autograd.grad(slope.sum(), risk)
+    active = multiplier + rho * (RISK - BUDGET) > 0.0
+    assert active.any() and not active.all()
+    th.testing.assert_close(curvature, th.where(active, rho, 0.0).to(th.float64))
+
+
+def test_feasible_without_multiplier_is_the_negative_value() -> None:
+    values = th.randn(7, 5)
+    risk = BUDGET.float() - th.rand(7, 5, 1)
+    energy = augmented_lagrangian(values, risk, th.zeros(1), BUDGET.float(), rho=1.0)
+    assert th.equal(energy, -values)
+
+
+def test_constraints_add_up() -> None:
+    values, risk = th.randn(4, dtype=th.float64), th.randn(4, 3, dtype=th.float64)
+    multiplier, budget = th.tensor([0.1, 0.0, 2.0], dtype=th.float64), th.tensor([0.3, -1.0, 0.5], dtype=th.float64)
+    together = augmented_lagrangian(values, risk, multiplier, budget, rho=0.8)
+    apart = sum(
+        augmented_lagrangian(th.zeros(4, dtype=th.float64), risk[:, i : i + 1], multiplier[i : i + 1], budget[i : i + 1], 0.8)
+        for i in range(3)
+    )
+    th.testing.assert_close(together, apart - values)
+
+
+def test_risk_is_mean_plus_unbiased_std() -> None:
+    costs = th.tensor([[[1.0]], [[2.0]], [[6.0]]])  # 3 members, one state, one constraint
+    assert estimate_risk(costs, coef=2.0).item() == pytest.approx(3.0 + 2.0 * math.sqrt(7.0))
+    assert estimate_risk(costs, coef=0.0).item() == pytest.approx(3.0)
+    assert estimate_risk(costs[:1], coef=2.0).item() == 1.0
+
+
+def test_gradient_of_risk_is_finite_where_the_members_agree() -> None:
+    costs = th.ones(4, 2, 1, requires_grad=True)
+    risk = estimate_risk(costs, coef=1.0)
+    risk.sum().backward()
+    assert costs.grad is not None and th.isfinite(costs.grad).all()
+    th.testing.assert_close(risk.detach(), th.ones(2, 1), atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("space", ["log", "projected"])
+def test_multiplier_follows_the_violation(space: str) -> None:
+    multiplier = LagrangeMultiplier(2, learning_rate=0.01, space=space)  # type: ignore[arg-type]
+    before = multiplier.value.clone()
+    loss = multiplier.update(th.tensor([0.5, -0.5]))
+    assert multiplier.value[0] > before[0] and multiplier.value[1] < before[1]
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)  # -(0.6931 * 0.5 - 0.6931 * 0.5)
+
+
+def test_multiplier_starts_at_the_papers_value_and_steps_in_log_space() -> None:
+    multiplier = LagrangeMultiplier(learning_rate=3e-4)
+    assert multiplier.value.item() == pytest.approx(0.6931)
+    assert multiplier.parameter.item() == pytest.approx(-0.3666, abs=1e-4)
+    multiplier.update(th.tensor([2.0]))
+    # Adam's first step has the size of its learning rate
+    assert multiplier.value.item() == pytest.approx(0.6931 * math.exp(3e-4), rel=1e-6)
+
+
+def test_multiplier_stays_in_its_bounds() -> None:
+    for space in ("log", "projected"):
+        multiplier = LagrangeMultiplier(1, learning_rate=0.5, max_value=2.0, space=space)
+        for _ in range(20):
+            multiplier.update(th.tensor([1.0]))
+        assert multiplier.value.item() == pytest.approx(2.0, rel=1e-6)
+        for _ in range(100):
+            multiplier.update(th.tensor([-1.0]))
+        assert 0.0 <= multiplier.value.item() < 0.5
+    assert multiplier.value.item() == 0.0  # the projected one reaches zero
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(space="linear"), "'log' or 'projected'"),
+        (dict(init_value=-1.0), "between 0"),
+        (dict(init_value=5.0, max_value=2.0), "between 0"),
+        (dict(max_value=float("inf")), "finite"),
+        (dict(init_value=0.0), "cannot start at 0"),
+    ],
+)
+def test_multiplier_refuses_nonsense(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LagrangeMultiplier(1, **kwargs)

@@ -1,0 +1,99 @@
+"""Learning-curve figures."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from sb3_algd.plotting import Curve, mean_curve, plot_learning_curves, read_curve
+from sb3_algd.recorder import COLUMNS
+
+
+def make_curve(steps: list[int], level: float) -> Curve:
+    curve = {column: np.full(len(steps), level) for column in COLUMNS}
+    curve["step"] = np.array(steps, dtype=float)
+    return curve
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were written."""
+    figures: list[Figure] = []
+    write = Figure.savefig
+
+    def remember(figure: Figure, *args: object, **kwargs: object) -> None:
+        figures.append(figure)
+        write(figure, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+def test_a_curve_is_read_by_column(tmp_path: Path) -> None:
+    path = tmp_path / "curve.csv"
+    path.write_text("step,return_mean,train_cost\n1000,2.5,nan\n2000,3.5,7\n")
+    curve = read_curve(path)
+    np.testing.assert_array_equal(curve["step"], [1000, 2000])
+    np.testing.assert_array_equal(curve["return_mean"], [2.5, 3.5])
+    np.testing.assert_array_equal(curve["train_cost"], [np.nan, 7])
+
+
+def test_one_row_is_a_curve_too(tmp_path: Path) -> None:
+    path = tmp_path / "curve.csv"
+    path.write_text("step,return_mean\n1000,2.5\n")
+    np.testing.assert_array_equal(read_curve(path)["return_mean"], [2.5])
+
+
+def test_an_empty_curve_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "curve.csv"
+    path.write_text("step,return_mean\n")
+    with pytest.raises(ValueError, match="no rows yet"):
+        read_curve(path)
+
+
+def test_mean_over_seeds_is_taken_where_all_were_evaluated() -> None:
+    steps, mean = mean_curve([make_curve([10, 20, 30], 1.0), make_curve([10, 30, 40], 3.0)], "cost_mean")
+    np.testing.assert_array_equal(steps, [10, 30])
+    np.testing.assert_array_equal(mean, [2.0, 2.0])
+
+
+def test_every_seed_the_mean_and_the_limit_are_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+    path = tmp_path / "figure.png"
+    curves = {"one": [make_curve([10, 20], 4.0), make_curve([10, 20], 6.0)], "two": [make_curve([10, 20], 30.0)]}
+    plot_learning_curves(curves, path, "title", cost_limit=10.0)
+    above, below = drawn[0].axes
+    for axes in (above, below):
+        heights = [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
+        for height in (4.0, 6.0, 5.0, 30.0):
+            assert [height, height] in heights
+    # The limit only below, where the costs are
+    limits = [line for line in below.get_lines() if line.get_linestyle() == "--"]
+    np.testing.assert_array_equal(limits[0].get_ydata(), [10.0, 10.0])
+    assert not [line for line in above.get_lines() if line.get_linestyle() == "--"]
+    assert above.get_title(loc="left") == "title"
+    assert imread(path).std() > 0.05
+
+
+def test_the_limit_is_visible_above_low_costs(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_learning_curves({"one": [make_curve([10, 20], 0.1)]}, tmp_path / "figure.png", cost_limit=25.0)
+    low, high = drawn[0].axes[1].get_ylim()
+    assert low == 0.0
+    assert high > 25.0
+
+
+def test_a_single_curve_shows_the_deterministic_episode(tmp_path: Path, drawn: list[Figure]) -> None:
+    curve = make_curve([10, 20], 3.0)
+    curve["return_det"] = np.array([7.0, 8.0])
+    plot_learning_curves({"one": [curve]}, tmp_path / "figure.png")
+    heights = [np.asarray(line.get_ydata()).tolist() for line in drawn[0].axes[0].get_lines()]
+    assert [7.0, 8.0] in heights
+    assert len(drawn[0].axes[0].collections) == 1, "the band of one standard deviation"
+
+
+def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        plot_learning_curves({"one": [make_curve([10], 1.0)]}, tmp_path / "figure.png")

@@ -1,0 +1,55 @@
+"""``python -m sb3_algd.train``, the program behind ``make train``."""
+
+from pathlib import Path
+
+import pytest
+
+from sb3_algd import ALGD, train
+from sb3_algd.plotting import read_curve
+
+SHORT = ["--env", "TwoModes-v0", "--steps", "120", "--eval-every", "60"]
+
+
+def test_it_leaves_model_curve_and_picture_and_prints_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([*SHORT, "--out", str(tmp_path)])
+    folder = tmp_path / "TwoModes-v0_1"
+    assert sorted(path.name for path in folder.iterdir()) == ["learning_curve.csv", "learning_curve.png", "model.zip"]
+    assert read_curve(folder / "learning_curve.csv")["step"].tolist() == [60, 120]
+    assert ALGD.load(folder / "model").num_timesteps == 120
+    output = capsys.readouterr().out
+    assert "limit 25" in output
+    stochastic, deterministic = (line for line in output.splitlines() if line.endswith("the limit"))
+    for line, name in ((stochastic, "20 stochastic episodes"), (deterministic, "1 deterministic episode ")):
+        assert line.startswith(name)
+        cost = float(line.split("±")[1].split()[1])
+        assert line.endswith("within the limit" if cost <= 25 else "OVER the limit")
+
+
+def test_a_second_run_keeps_the_first(tmp_path: Path) -> None:
+    first, second = train.new_folder(tmp_path, "Task-v0"), train.new_folder(tmp_path, "Task-v0")
+    assert first != second
+    assert first.is_dir()
+    assert second.is_dir()
+
+
+def test_the_time_limit_ends_training(tmp_path: Path) -> None:
+    args = train.parse_arguments([*SHORT, "--minutes", "0"])
+    assert train.train(args, tmp_path).num_timesteps == 1
+    assert read_curve(tmp_path / "learning_curve.csv")["step"].tolist() == [1]
+
+
+def test_an_interrupted_run_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.StopTrainingOnTimeLimit, "_on_step", interrupt)
+    train.train(train.parse_arguments(SHORT), tmp_path)
+    assert (tmp_path / "model.zip").exists()
+    assert read_curve(tmp_path / "learning_curve.csv")["step"].tolist() == [1]
+
+
+def test_what_is_missing_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        train.main([*SHORT, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
