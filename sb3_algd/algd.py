@@ -1,9 +1,13 @@
 """ALGD, Augmented Lagrangian-Guided Diffusion: the training loop."""
 
+import io
+import pathlib
+import re
 import warnings
 from collections import defaultdict, deque
 from typing import Any, ClassVar, Literal, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 import torch.nn.functional as F
@@ -83,6 +87,7 @@ class ALGD(OffPolicyAlgorithm):
     :param cost_limit: Cost allowed per episode, one number or one per constraint. If ``None``, the limit that the environment
         declares (attributes ``cost_limit`` and ``cost_limit_discounted``), else 25 with a warning.
     :param cost_limit_discounted: Whether ``cost_limit`` is a sum discounted with ``cost_gamma`` instead of a plain sum.
+        If ``None``, what the environment declares of its own limit, and a plain sum where you give the limit.
     :param episode_length: Horizon T that a plain limit is spread over. If ``None``, the environment's time limit,
         else 1000 with a warning.
     :param cost_gamma: the discount factor of costs
@@ -155,7 +160,7 @@ class ALGD(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         *,
         cost_limit: float | list[float] | np.ndarray | None = None,
-        cost_limit_discounted: bool = False,
+        cost_limit_discounted: bool | None = None,
         episode_length: int | None = None,
         cost_gamma: float = 0.99,
         cost_key: CostKey = "cost",
@@ -241,24 +246,25 @@ class ALGD(OffPolicyAlgorithm):
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
-        self.policy_lr_schedule = FloatSchedule(
-            self.learning_rate if self.policy_learning_rate is None else self.policy_learning_rate
-        )
-        self.cost_critic_lr_schedule = FloatSchedule(
-            self.learning_rate if self.cost_critic_learning_rate is None else self.cost_critic_learning_rate
+        # None follows lr_schedule, also where a user has replaced it
+        self.policy_lr_schedule = None if self.policy_learning_rate is None else FloatSchedule(self.policy_learning_rate)
+        self.cost_critic_lr_schedule = (
+            None if self.cost_critic_learning_rate is None else FloatSchedule(self.cost_critic_learning_rate)
         )
         self.multiplier_lr_schedule = FloatSchedule(self.multiplier_learning_rate)
 
     def _setup_model(self) -> None:
         self._check_arguments()
         self._setup_constraint()
-        self.policy_kwargs = {**self.policy_kwargs, "n_constraints": self.n_constraints}
-        # SB3 would choose a buffer without costs: make ours first and leave the user's choice of class as it was given
-        requested_class = self.replay_buffer_class
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
+        # SB3 fills in what it would have chosen, a buffer without costs among it: keep the arguments as the user gave them,
+        # so that a saved model is loaded with the same ones
+        given = {name: getattr(self, name) for name in ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")}
+        self.policy_kwargs = {**self.policy_kwargs, "n_constraints": self.n_constraints}
+        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)
         super()._setup_model()
-        self.replay_buffer_class = requested_class
+        self.__dict__.update(given)
         self._create_aliases()
         self.lagrange_multiplier = LagrangeMultiplier(
             self.n_constraints,
@@ -293,6 +299,12 @@ class ALGD(OffPolicyAlgorithm):
         for name in ("rho", "guidance_coef", "score_coef", "cost_risk_coef"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
+        if not 0.0 < self.cost_gamma <= 1.0:
+            raise ValueError(f"cost_gamma must be in (0, 1], got {self.cost_gamma}.")
+        if self.episode_length is not None and (self.episode_length < 1 or self.episode_length != int(self.episode_length)):
+            raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {self.episode_length}.")
+        if "n_constraints" in self.policy_kwargs:
+            raise ValueError("n_constraints follows from cost_limit: leave it out of policy_kwargs.")
         if not self.score_temperature > 0.0:
             raise ValueError(f"score_temperature must be > 0, got {self.score_temperature}.")
         if self.n_score_samples < 1 or self.target_update_interval < 1:
@@ -323,7 +335,8 @@ class ALGD(OffPolicyAlgorithm):
         elif isinstance(self.observation_space, spaces.Dict):
             requested_class = DictReplayBuffer
             if self.n_steps > 1:
-                raise ValueError("N-step returns are not supported for Dict observation spaces: use n_steps=1.")
+                # An AssertionError as from SB3's algorithms
+                raise AssertionError("N-step returns are not supported for Dict observation spaces: use n_steps=1.")
         else:
             requested_class = NStepReplayBuffer if self.n_steps > 1 else ReplayBuffer
         buffer_class = cost_buffer_class(requested_class)
@@ -382,8 +395,8 @@ class ALGD(OffPolicyAlgorithm):
     def _update_learning_rates(self) -> None:
         self._update_learning_rate([self.critic.optimizer])
         progress = self._current_progress_remaining
-        update_learning_rate(self.actor.optimizer, self.policy_lr_schedule(progress))
-        update_learning_rate(self.cost_critic.optimizer, self.cost_critic_lr_schedule(progress))
+        update_learning_rate(self.actor.optimizer, (self.policy_lr_schedule or self.lr_schedule)(progress))
+        update_learning_rate(self.cost_critic.optimizer, (self.cost_critic_lr_schedule or self.lr_schedule)(progress))
         update_learning_rate(self.lagrange_multiplier.optimizer, self.multiplier_lr_schedule(progress))
 
     def _update_critics(self, batch: CostReplayBufferSamples) -> tuple[dict[str, th.Tensor], th.Tensor]:
@@ -560,14 +573,33 @@ class ALGD(OffPolicyAlgorithm):
         """
         try:
             return super().collect_rollouts(*args, **kwargs)
-        except ValueError as error:
-            if "too many values to unpack" not in str(error):
+        except (ValueError, gym.error.Error) as error:
+            # What SB3 says of a bare environment, and what Gymnasium's checker says of a registered one
+            if not re.search(r"too many values to unpack \(expected 5\)|step.* to return .* length .*6", str(error)):
                 raise
             raise ValueError(
                 "The environment's step() returns more than Gymnasium's five values, probably the cost as in "
                 "Safety-Gymnasium's (obs, reward, cost, terminated, truncated, info). "
                 "Put the cost into info['cost']: wrap the environment in sb3_algd.envs.SixTupleEnv."
             ) from error
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: See SB3, for goal-conditioned buffers.
+        :raises ValueError: If the buffer has no costs, or another number of them; the present buffer stays.
+        """
+        present = self.replay_buffer
+        super().load_replay_buffer(path, truncate_last_traj)
+        loaded = self.replay_buffer
+        if not isinstance(loaded, _CostStorage) or loaded.n_constraints != self.n_constraints:
+            self.replay_buffer = present
+            raise ValueError(
+                f"The replay buffer in {path} holds {getattr(loaded, 'n_constraints', 0)} cost(s) per step, but the model has "
+                f"{self.n_constraints} constraint(s): load one that was saved by a model with the same constraints."
+            )
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
@@ -589,8 +621,8 @@ class ALGD(OffPolicyAlgorithm):
         # Said once, whether or not costs appear later
         self._cost_reported = True
         warnings.warn(
-            f"The environment reported no cost (info[{self.cost_key!r}]) in its first episode: a missing cost is treated as "
-            "0, so the constraint never binds. Name the right key with cost_key=..., or use an algorithm without constraints.",
+            f"The environment reported no cost (info[{self.cost_key!r}]) so far: a missing cost is treated as 0, "
+            "so the constraint never binds. Name the right key with cost_key=..., or use an algorithm without constraints.",
             stacklevel=2,
         )
 

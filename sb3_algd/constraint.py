@@ -71,12 +71,12 @@ def declared_by_env(env: VecEnv, name: str) -> Any:
     return values[0]
 
 
-def settle_cost_limit(cost_limit: Any, discounted: bool, env: VecEnv | None) -> tuple[np.ndarray, bool]:
+def settle_cost_limit(cost_limit: Any, discounted: bool | None, env: VecEnv | None) -> tuple[np.ndarray, bool]:
     """
     The cost limits that are in force: those given, else those that the environment declares, else Safety-Gymnasium's 25.
 
     :param cost_limit: The limit that was given, None for none.
-    :param discounted: Whether the limit that was given is a discounted sum.
+    :param discounted: Whether the limit is a discounted sum, None for what the environment says of its own limit.
     :param env: The environment, which may declare ``cost_limit`` and ``cost_limit_discounted``.
     :return: Limits of shape (n_c,), and whether they are discounted sums.
     :raises ValueError: If the limit makes no sense or does not fit the environment's number of constraints.
@@ -84,21 +84,23 @@ def settle_cost_limit(cost_limit: Any, discounted: bool, env: VecEnv | None) -> 
     declared = None if env is None else declared_by_env(env, "cost_limit")
     if cost_limit is None and declared is not None:
         assert env is not None
-        return check_cost_limit(declared), bool(declared_by_env(env, "cost_limit_discounted"))
+        if discounted is None:
+            discounted = bool(declared_by_env(env, "cost_limit_discounted"))
+        return check_cost_limit(declared), discounted
     if cost_limit is None:
         warnings.warn(
             "No cost_limit was given and the environment declares none (attribute `cost_limit`): "
             f"a limit of {FALLBACK_COST_LIMIT:g} per episode is used, as in Safety-Gymnasium. Give cost_limit to ALGD.",
             stacklevel=2,
         )
-        return check_cost_limit(FALLBACK_COST_LIMIT), False
+        return check_cost_limit(FALLBACK_COST_LIMIT), bool(discounted)
     limits = check_cost_limit(cost_limit)
     if declared is not None and np.size(declared) != len(limits):
         raise ValueError(
             f"cost_limit has {len(limits)} value(s), {limits.tolist()}, but the environment has "
             f"{np.size(declared)} constraint(s) (it declares {declared}): give one limit per constraint."
         )
-    return limits, discounted
+    return limits, bool(discounted)
 
 
 def settle_episode_length(episode_length: int | None, env: VecEnv | None, warn: bool) -> int:

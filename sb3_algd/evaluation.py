@@ -1,5 +1,6 @@
 """Evaluation that counts costs beside rewards."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ class CostCounter:
         self.n_constraints: int | None = None
         #: Costs of finished episodes, each of shape (n_constraints,)
         self.episode_costs: list[np.ndarray] = []
+        #: Whether any step reported a cost
+        self.reported = False
         self._running: dict[int, np.ndarray] = {}
         self._discount: dict[int, float] = {}
 
@@ -37,7 +40,9 @@ class CostCounter:
         if self.n_constraints is None:
             cost = self.cost_key(info) if callable(self.cost_key) else info.get(self.cost_key, 0.0)
             self.n_constraints = np.size(cost)
-        step_cost = read_costs([info], self.cost_key, self.n_constraints)[0][0].astype(np.float64)
+        costs, reported = read_costs([info], self.cost_key, self.n_constraints)
+        self.reported |= reported
+        step_cost = costs[0].astype(np.float64)
         discount = self._discount.get(env_index, 1.0)
         self._running[env_index] = self._running.get(env_index, 0.0) + discount * step_cost
         self._discount[env_index] = discount * self.cost_gamma
@@ -59,7 +64,7 @@ def evaluate_policy(
     reward_threshold: float | None = None,
     return_episode_rewards: bool = False,
     warn: bool = True,
-    cost_key: CostKey = "cost",
+    cost_key: CostKey | None = None,
     cost_gamma: float = 1.0,
 ) -> tuple[Any, ...]:
     """
@@ -81,7 +86,8 @@ def evaluate_policy(
         of shape (n_eval_episodes, n_constraints) are returned instead of means.
     :param warn: If True (default), warns user about lack of a Monitor wrapper in the
         evaluation environment.
-    :param cost_key: Key of ``info`` that holds a step's cost, or a function of ``info``.
+    :param cost_key: Key of ``info`` that holds a step's cost, or a function of ``info``. None for the model's own
+        (``"cost"`` where it has none). An environment that reports no cost there gives a warning, and costs of 0.
     :param cost_gamma: Discount factor of an episode's cost: 1 (default) for the plain sum,
         the algorithm's ``cost_gamma`` where the limit is stated as a discounted sum.
     :return: Mean and standard deviation of the return, mean and standard deviation of the cost per episode
@@ -89,6 +95,8 @@ def evaluate_policy(
         lists and an array if ``return_episode_rewards`` is True.
     :raises ValueError: If a cost is not finite, or the number of costs changes.
     """
+    if cost_key is None:
+        cost_key = getattr(model, "cost_key", "cost")
     counter = CostCounter(cost_key, cost_gamma, callback)
     rewards, lengths = sb3_evaluate_policy(
         model,
@@ -100,6 +108,12 @@ def evaluate_policy(
         return_episode_rewards=True,
         warn=warn,
     )
+    if warn and not counter.reported:
+        warnings.warn(
+            f"The environment reported no cost (info[{cost_key!r}]) in the evaluation, so all costs are 0: "
+            "name the right key with cost_key=...",
+            stacklevel=2,
+        )
     costs = np.stack(counter.episode_costs)
     assert len(costs) == len(rewards)  # type: ignore[arg-type]
     mean_reward, std_reward = float(np.mean(rewards)), float(np.std(rewards))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -335,6 +335,34 @@ def test_loading_with_another_limit_recomputes_the_budget() -> None:
     assert cost_limits(ALGD.load(file)) == [5.0]
 
 
+def test_arguments_given_at_loading_win_and_the_same_ones_are_accepted(tmp_path: Path) -> None:
+    make_model(n_steps=3, gamma=0.9).save(tmp_path / "model")
+    loaded = ALGD.load(tmp_path / "model", env=make_env(), n_steps=5, gamma=0.5, policy_kwargs=SMALL)
+    assert isinstance(loaded.replay_buffer, CostNStepReplayBuffer)
+    assert (loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma) == (5, 0.5)
+    assert type(ALGD.load(tmp_path / "model", env=make_env(), n_steps=1).replay_buffer) is CostReplayBuffer
+
+
+def test_a_buffer_with_other_costs_is_refused_and_the_present_one_stays(tmp_path: Path) -> None:
+    model = make_model(make_env(n_costs=2), cost_limit=[1.0, 2.0]).learn(10)
+    make_model().learn(10).save_replay_buffer(tmp_path / "one")
+    SAC("MlpPolicy", make_env(), buffer_size=100).save_replay_buffer(tmp_path / "none")
+    present = model.replay_buffer
+    for name, count in (("one", 1), ("none", 0)):
+        with pytest.raises(ValueError, match=rf"holds {count} cost\(s\) per step, but the model has 2"):
+            model.load_replay_buffer(tmp_path / name)
+        assert model.replay_buffer is present
+
+
+def test_a_replaced_learning_rate_schedule_counts_for_all_networks() -> None:
+    model = make_model().learn(21)
+    model.lr_schedule = lambda _: 0.0
+    before = model.policy.state_dict()
+    before = {key: value.clone() for key, value in before.items()}
+    model.train(gradient_steps=1, batch_size=16)
+    assert all(th.equal(value, model.policy.state_dict()[key]) for key, value in before.items() if "target" not in key)
+
+
 def test_the_users_policy_kwargs_are_not_changed() -> None:
     kwargs = copy.deepcopy(SMALL)
     make_model(policy_kwargs=kwargs)
@@ -392,6 +420,7 @@ def test_a_declared_discounted_limit() -> None:
     env.unwrapped.cost_limit, env.unwrapped.cost_limit_discounted = 7.0, True  # type: ignore[attr-defined]
     model = make_model(env, cost_limit=None)
     assert model.cost_limit_discounted and model.cost_budget.tolist() == [7.0]
+    assert make_model(env, cost_limit=None, cost_limit_discounted=False).cost_limit_discounted is False
     # A limit that the user gives is a plain sum unless said otherwise
     assert not make_model(env, cost_limit=7.0).cost_limit_discounted
 
@@ -556,6 +585,8 @@ def test_a_broken_environment_gives_an_error_and_loses_nothing(tmp_path: Path, w
         (dict(n_score_samples=0), ValueError, "n_score_samples"),
         (dict(cost_gamma=0.0), ValueError, "cost_gamma must be"),
         (dict(episode_length=0), ValueError, "episode length must be"),
+        (dict(episode_length=2.5, cost_limit_discounted=True), ValueError, "episode length must be"),
+        (dict(policy_kwargs=dict(n_constraints=2)), ValueError, "follows from cost_limit"),
         (dict(multiplier_init=0.0), ValueError, "cannot start at 0"),
     ],
 )
@@ -577,7 +608,7 @@ def test_a_wrong_number_of_limits_is_refused_at_the_first_step() -> None:
 
 
 def test_n_steps_with_dict_observations_is_refused() -> None:
-    with pytest.raises(ValueError, match="not supported for Dict"):
+    with pytest.raises(AssertionError, match="not supported for Dict"):
         ALGD("MultiInputPolicy", CostlyBitFlipping(continuous=True), n_steps=3, cost_limit=1.0)
 
 

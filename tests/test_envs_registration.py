@@ -18,6 +18,7 @@ import sb3_algd  # noqa: F401
 from sb3_algd.envs import register_envs
 from sb3_algd.envs.catalogue import Entry, entries
 
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "environments.md").read_text(encoding="utf-8").splitlines()
 ENTRIES = {entry.id: entry for entry in entries()}
 # The numbers that an agent observes of itself, and that it acts with.
 AGENTS = {"Point": (12, 2), "Car": (24, 2), "Doggo": (56, 12), "Racecar": (12, 2), "Ant": (40, 8)}
@@ -66,7 +67,7 @@ def expected_size(entry: Entry) -> tuple[int, int] | None:
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_every_id_runs(entry: Entry) -> None:
     env: Any = gym.make(entry.id)
-    obs, _ = env.reset(seed=0)
+    obs: Any = env.reset(seed=0)[0]
     env.action_space.seed(0)
     assert env.observation_space.contains(obs)
     if expected_size(entry) is not None:
@@ -77,7 +78,11 @@ def test_every_id_runs(entry: Entry) -> None:
         assert (type(reward), type(terminated), type(truncated), type(info["cost"])) == (float, bool, bool, float)
         if terminated:
             break
-    assert np.isscalar(env.unwrapped.cost_limit)
+    assert isinstance(env.unwrapped.cost_limit, float)
+    discounted = "yes" if env.unwrapped.cost_limit_discounted else "no"
+    sizes = [obs.size, env.action_space.shape[0], env.spec.max_episode_steps]
+    cells = [entry.id, entry.track, f"{env.unwrapped.cost_limit:g}", discounted, *(f"{size:d}" for size in sizes)]
+    assert "| " + " | ".join(cells) + " |" in DOCUMENTED
     assert env.unwrapped.cost_limit_discounted is (entry.track == "speed")
     if entry.track == "stock":
         assert env.unwrapped.cost_limit == 25.0

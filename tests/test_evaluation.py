@@ -77,7 +77,8 @@ def test_discounted_sums_other_keys_and_missing_costs() -> None:
         ZeroPolicy(), Monitor(CountingEnv()), 2, return_episode_rewards=True, cost_key=lambda info: 2 * info["cost"]
     )
     assert costs.tolist() == [[2.0], [6.0]]
-    _, _, costs = evaluate_policy(ZeroPolicy(), Monitor(CountingEnv()), 2, return_episode_rewards=True, cost_key="nothing")
+    with pytest.warns(UserWarning, match="reported no cost"):
+        _, _, costs = evaluate_policy(ZeroPolicy(), Monitor(CountingEnv()), 2, return_episode_rewards=True, cost_key="nothing")
     assert costs.tolist() == [[0.0], [0.0]]
 
 

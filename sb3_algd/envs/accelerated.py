@@ -164,7 +164,7 @@ class AcceleratedEnv(NavigationEnv):
         self._timestep = TIMESTEP[agent]
         super().__init__(f"Safety{agent}{self._changes.base}-v0", agent, cost_limit, **render_options)
 
-    def _task_class(self, task_class: type, is_drawn: bool) -> type:
+    def _task_class(self, task_class: type) -> type:
         name = f"Accelerated{task_class.__name__}"
         constants = {"changes": self._changes, "timestep": self._timestep}
-        return type(name, (AcceleratedMixin, super()._task_class(task_class, is_drawn)), constants)
+        return type(name, (AcceleratedMixin, super()._task_class(task_class)), constants)

@@ -1,31 +1,28 @@
-"""Makes steps and resets of Safety-Gymnasium's navigation tasks many times faster, with the same results bit for bit.
+"""Makes a step of Safety-Gymnasium's navigation tasks several times faster, with the same results bit for bit.
 
-A step: the package asks MuJoCo for every position, sensor and contact by name, in Python, at every step. What a name stands
+The package asks MuJoCo for every position, sensor and contact by name, in Python, at every step. What a name stands
 for only changes when the world is rebuilt, so the names are looked up once for each reset, and the same numbers are read
 through indices from then on. Arithmetic is kept operation by operation: where a matrix product or a transcendental
 function is involved, the same NumPy function works on the same operands, stacked, since another could round differently.
 
-A reset: nearly all of it goes into decoding the pictures of a night sky, 190 MB, into the new model. It is left out where
-nothing is drawn. The rest goes into finding a layout by trial, which a distance in plain floats makes quicker.
+What makes resets faster is in :mod:`sb3_algd.envs.fast_reset`.
 """
 
-import math
-from types import ModuleType
 from typing import Any
 
 import mujoco
 import numpy as np
-from safety_gymnasium import world
+
+from sb3_algd.envs.fast_reset import distance_between, model_with_sky, sample_layout, without_sky
 
 
-def fast_task_class(task_class: type, is_drawn: bool) -> type:
+def fast_task_class(task_class: type) -> type:
     """
     :param task_class: A navigation task of the package.
-    :param is_drawn: Whether it will be rendered.
     :return: A subclass of it that is faster and gives the same results.
     """
     mixin = FastButtonMixin if task_class.__name__.startswith("Button") else FastMixin
-    return type(f"Fast{task_class.__name__}", (mixin, task_class), {"is_drawn": is_drawn})
+    return type(f"Fast{task_class.__name__}", (mixin, task_class), {})
 
 
 def body_ids(model: Any, obstacle: Any) -> list[int]:
@@ -229,86 +226,33 @@ def moved_through_ids(gremlins: Any) -> Any:
     return move
 
 
-class AssetsFile:
-    """
-    Stands for the module ``yaml`` in the package's ``world``, which parses the file of its textures at every reset.
-
-    :param yaml: The module, for the first time.
-    """
-
-    def __init__(self, yaml: ModuleType) -> None:
-        self._yaml: Any = yaml
-        self.FullLoader = self._yaml.FullLoader
-        self._assets: dict[str, Any] = {}
-        self.has_sky = True
-
-    def load(self, file: Any, Loader: Any) -> dict[str, Any]:
-        """
-        :param file: The opened file, read only if it has not been before.
-        :param Loader: Passed on.
-        :return: What is in the file; its sky a single grey pixel if :attr:`has_sky` is false.
-        """
-        if not self._assets:
-            self._assets = self._yaml.load(file, Loader=Loader)
-        if self.has_sky:
-            return self._assets
-        no_sky = {"@type": "skybox", "@builtin": "flat", "@width": "1", "@height": "6"}
-        return {**self._assets, "textures": {**self._assets["textures"], "skybox": no_sky}}
-
-
-def sample_layout(generator: Any) -> bool:
-    """
-    Draw a place for every object, as the package's method of that name does.
-
-    :param generator: The task's random generator, whose ``layout`` is set.
-    :return: Whether places were found that keep all objects apart.
-    """
-    margin = generator.placements_margin
-    layout: dict[str, np.ndarray] = {}
-    taken: list[tuple[float, float, float]] = []
-    for name, (placements, keepout) in generator.placements.items():
-        for _ in range(100):
-            place = generator.draw_placement(placements, keepout)
-            x, y = place.tolist()
-            if all(distance_between(x, y, *other) >= apart + margin + keepout for *other, apart in taken):
-                break
-        else:
-            return False
-        layout[name] = place
-        taken.append((x, y, keepout))
-    generator.layout = layout
-    return True
-
-
-def distance_between(x: float, y: float, other_x: float, other_y: float) -> float:
-    """
-    :return: The distance of two points, rounded as NumPy does for ``sqrt(sum(square(...)))``, which `math.hypot` is not.
-    """
-    dx, dy = x - other_x, y - other_y
-    return math.sqrt(dx * dx + dy * dy)
-
-
 class FastMixin:
     """Goes before a task class of the package among the bases, and answers for it through indices."""
-
-    is_drawn: bool
-    """Whether the sky will be seen."""
 
     def _build(self) -> None:
         task: Any = self
         task.random_generator.sample_layout = lambda: sample_layout(task.random_generator)
-        if not isinstance(world.yaml, AssetsFile):
-            world.yaml = AssetsFile(world.yaml)
-        world.yaml.has_sky = self.is_drawn
-        try:
+        with without_sky():
             super()._build()  # type: ignore[misc]
-        finally:
-            world.yaml.has_sky = True
         self._costs = Costs(task)
         self._sensors = Sensors(task)
         self._lidars = Lidars(task, self._sensors.size)
         for mocap in task._mocaps.values():
             mocap.move = moved_through_ids(mocap)
+
+    def _get_viewer(self, mode: str) -> Any:
+        task: Any = self
+        if mode in task._viewers:
+            return super()._get_viewer(mode)  # type: ignore[misc]
+        # A viewer takes the pictures of a model to the graphics card when it is made, and keeps them there.
+        engine, model = task.world.engine, task.model
+        engine.model = model_with_sky(task.world)
+        try:
+            viewer = super()._get_viewer(mode)  # type: ignore[misc]
+        finally:
+            engine.model = model
+        viewer.model = model
+        return viewer
 
     def calculate_cost(self) -> dict[str, Any]:
         """:return: The costs of this step by name, before they are made indicators."""

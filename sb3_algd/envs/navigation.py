@@ -33,7 +33,7 @@ class NavigationEnv(SixTupleEnv):
         from safety_gymnasium.builder import Builder
         from safety_gymnasium.utils.task_utils import get_task_class_name
 
-        task_class = self._task_class(getattr(tasks, get_task_class_name(task_id)), is_drawn=render_mode is not None)
+        task_class = self._task_class(getattr(tasks, get_task_class_name(task_id)))
 
         class TaskBuilder(Builder):
             """The package's builder, building a task of that class."""
@@ -50,17 +50,16 @@ class NavigationEnv(SixTupleEnv):
         self.metadata = {**builder.metadata, **METADATA}
         self.task = builder.task
 
-    def _task_class(self, task_class: type, is_drawn: bool) -> type:
+    def _task_class(self, task_class: type) -> type:
         """
         :param task_class: The package's class of this task.
-        :param is_drawn: Whether it will be rendered.
         :return: The class to build instead.
         """
         if not is_adapted():
             return task_class
         from sb3_algd.envs.fast import fast_task_class
 
-        return fast_task_class(task_class, is_drawn)
+        return fast_task_class(task_class)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """
