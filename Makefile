@@ -21,7 +21,7 @@ install: $(STAMP)
 
 # The stamp stands for a complete installation, so it is written last.
 $(STAMP): setup.py $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@test $(CONSTRAINTS) != constraints.txt || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is older than Python 3.11, for which constraints.txt was made."; \
 		echo "Name another one: make install PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
