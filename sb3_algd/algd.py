@@ -299,8 +299,6 @@ class ALGD(OffPolicyAlgorithm):
         for name in ("rho", "guidance_coef", "score_coef", "cost_risk_coef"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
-        if not 0.0 < self.cost_gamma <= 1.0:
-            raise ValueError(f"cost_gamma must be in (0, 1], got {self.cost_gamma}.")
         if self.episode_length is not None and (self.episode_length < 1 or self.episode_length != int(self.episode_length)):
             raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {self.episode_length}.")
         if "n_constraints" in self.policy_kwargs:
@@ -319,7 +317,9 @@ class ALGD(OffPolicyAlgorithm):
         self.cost_limit = limits
         self.n_constraints = len(limits)
         self.episode_length = settle_episode_length(self.episode_length, self.env, warn=not self.cost_limit_discounted)
-        self._budget_factor = 1.0 if self.cost_limit_discounted else budget_per_unit_cost(self.episode_length, self.cost_gamma)
+        # Computed in any case: it also checks horizon and discount factor
+        factor = budget_per_unit_cost(self.episode_length, self.cost_gamma)
+        self._budget_factor = 1.0 if self.cost_limit_discounted else factor
         self.cost_budget = limits * self._budget_factor
         self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
         if self.verbose >= 1:
@@ -575,7 +575,9 @@ class ALGD(OffPolicyAlgorithm):
             return super().collect_rollouts(*args, **kwargs)
         except (ValueError, gym.error.Error) as error:
             # What SB3 says of a bare environment, and what Gymnasium's checker says of a registered one
-            if not re.search(r"too many values to unpack \(expected 5\)|step.* to return .* length .*6", str(error)):
+            if not re.search(
+                r"too many values to unpack \(expected 5\)|step.* to return a four or five element tuple", str(error)
+            ):
                 raise
             raise ValueError(
                 "The environment's step() returns more than Gymnasium's five values, probably the cost as in "

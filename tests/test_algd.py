@@ -571,6 +571,12 @@ def test_a_broken_environment_gives_an_error_and_loses_nothing(tmp_path: Path, w
     assert same(weights(ALGD.load(tmp_path / "model")), weights(model))
 
 
+def test_a_registered_six_tuple_environment_gives_the_same_advice() -> None:
+    checked = gym.wrappers.PassiveEnvChecker(BrokenEnv("six"))
+    with pytest.raises(ValueError, match=r"more than Gymnasium's five values.*wrap"):
+        make_model(gym.wrappers.TimeLimit(checked, 1000)).learn(100)
+
+
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
@@ -584,6 +590,7 @@ def test_a_broken_environment_gives_an_error_and_loses_nothing(tmp_path: Path, w
         (dict(score_temperature=0.0), ValueError, "score_temperature must be > 0"),
         (dict(n_score_samples=0), ValueError, "n_score_samples"),
         (dict(cost_gamma=0.0), ValueError, "cost_gamma must be"),
+        (dict(cost_gamma=1.5, cost_limit_discounted=True), ValueError, "cost_gamma must be"),
         (dict(episode_length=0), ValueError, "episode length must be"),
         (dict(episode_length=2.5, cost_limit_discounted=True), ValueError, "episode length must be"),
         (dict(policy_kwargs=dict(n_constraints=2)), ValueError, "follows from cost_limit"),
