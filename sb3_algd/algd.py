@@ -5,6 +5,7 @@ import pathlib
 import re
 import warnings
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeVar
 
 import gymnasium as gym
@@ -18,9 +19,10 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, RolloutReturn, Schedule
-from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_algd.acceleration import GraphedFunction, keep_freed_memory, move_batch, set_learning_rate, split_batch
 from sb3_algd.buffers import (
     CostKey,
     CostNStepReplayBuffer,
@@ -39,6 +41,8 @@ SelfALGD = TypeVar("SelfALGD", bound="ALGD")
 
 # multiplier_signal="episodes": how many recent episodes count
 SIGNAL_EPISODES = 5
+# How many batches are drawn from the replay buffer at once
+BATCHES_AT_ONCE = 16
 
 
 class ALGD(OffPolicyAlgorithm):
@@ -116,6 +120,9 @@ class ALGD(OffPolicyAlgorithm):
     :param policy_learning_rate: Learning rate of the actor, ``learning_rate`` if ``None``
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts`` (the paper's code)
         instead of uniformly random actions
+    :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
+        losses and optimizers stay in single precision). Faster where the processor has it, see docs/performance.md
+    :param cuda_graph: Whether updates are recorded as a CUDA graph and replayed, on a CUDA device
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -182,6 +189,8 @@ class ALGD(OffPolicyAlgorithm):
         cost_critic_learning_rate: float | Schedule | None = None,
         policy_learning_rate: float | Schedule | None = None,
         use_policy_at_warmup: bool = False,
+        reduced_precision: bool = False,
+        cuda_graph: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
         if use_sde:
@@ -238,6 +247,9 @@ class ALGD(OffPolicyAlgorithm):
         self.cost_critic_learning_rate = cost_critic_learning_rate
         self.policy_learning_rate = policy_learning_rate
         self.use_policy_at_warmup = use_policy_at_warmup
+        self.reduced_precision = reduced_precision
+        self.cuda_graph = cuda_graph
+        self._graphed_update: GraphedFunction | None = None
         self._cost_tracker: EpisodeCostTracker | None = None
         self._cost_reported = False
 
@@ -266,6 +278,8 @@ class ALGD(OffPolicyAlgorithm):
         super()._setup_model()
         self.__dict__.update(given)
         self._create_aliases()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.lagrange_multiplier = LagrangeMultiplier(
             self.n_constraints,
             self.multiplier_init,
@@ -273,6 +287,10 @@ class ALGD(OffPolicyAlgorithm):
             self.multiplier_max,
             self.multiplier_space,
         ).to(self.device)
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        modules = (self.actor, self.critic, self.cost_critic, self.lagrange_multiplier)
+        return [module.optimizer for module in modules]
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -352,7 +370,8 @@ class ALGD(OffPolicyAlgorithm):
             self.buffer_size,
             self.observation_space,
             self.action_space,
-            device=self.device,
+            # In CPU memory: train() moves whole batches to the device
+            device="cpu",
             n_envs=self.n_envs,
             optimize_memory_usage=self.optimize_memory_usage,
             **{**kwargs, **self.replay_buffer_kwargs},
@@ -371,33 +390,58 @@ class ALGD(OffPolicyAlgorithm):
         self._update_learning_rates()
         # Tensors are collected and read once at the end: reading each would wait for the device each time
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
+        episode_risk = self._episode_risk()
 
-        for _ in range(gradient_steps):
+        for batch in self._sample_batches(gradient_steps, batch_size):
             self._n_updates += 1
-            # Sample replay buffer
-            batch: CostReplayBufferSamples = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[assignment]
-            metrics, buffer_risk = self._update_critics(batch)
-            policy_metrics, policy_risk = self._update_policy(batch.observations)
-            metrics.update(policy_metrics)
-            self._update_multiplier(buffer_risk, policy_risk)
-            metrics.update(risk=buffer_risk, policy_risk=policy_risk)
-
+            for name, value in (self._graphed_update or self._update)(batch, episode_risk).items():
+                logs[name].append(value)
             # Counted over the whole training, or an interval of 2 would never be met with one gradient step per call
             if self._n_updates % self.target_update_interval == 0:
                 self.policy.update_targets(self.tau)
                 # Copy running stats, see SB3's GH issue #996
                 self.policy.copy_batch_norm_stats()
-            for name, value in metrics.items():
-                logs[name].append(value)
 
         self._log_training({name: th.stack(values).mean(dim=0) for name, values in logs.items()})
 
+    def _sample_batches(self, gradient_steps: int, batch_size: int) -> Iterator[CostReplayBufferSamples]:
+        """Batches on the model's device; several are drawn and moved there at once."""
+        assert self.replay_buffer is not None
+        while gradient_steps > 0:
+            n_batches = min(gradient_steps, BATCHES_AT_ONCE)
+            samples: CostReplayBufferSamples = self.replay_buffer.sample(  # type: ignore[assignment]
+                n_batches * batch_size, env=self._vec_normalize_env
+            )
+            yield from split_batch(samples if self.device.type == "cpu" else move_batch(samples, self.device), n_batches)
+            gradient_steps -= n_batches
+
     def _update_learning_rates(self) -> None:
-        self._update_learning_rate([self.critic.optimizer])
         progress = self._current_progress_remaining
-        update_learning_rate(self.actor.optimizer, (self.policy_lr_schedule or self.lr_schedule)(progress))
-        update_learning_rate(self.cost_critic.optimizer, (self.cost_critic_lr_schedule or self.lr_schedule)(progress))
-        update_learning_rate(self.lagrange_multiplier.optimizer, self.multiplier_lr_schedule(progress))
+        self.logger.record("train/learning_rate", self.lr_schedule(progress))
+        for optimizer, schedule in (
+            (self.critic.optimizer, None),
+            (self.actor.optimizer, self.policy_lr_schedule),
+            (self.cost_critic.optimizer, self.cost_critic_lr_schedule),
+            (self.lagrange_multiplier.optimizer, self.multiplier_lr_schedule),
+        ):
+            set_learning_rate(optimizer, (schedule or self.lr_schedule)(progress))
+
+    def _update(self, batch: CostReplayBufferSamples, episode_risk: th.Tensor | None) -> dict[str, th.Tensor]:
+        """
+        One update of critics, actor and multipliers, without a look at any value.
+
+        :param batch: Transitions
+        :param episode_risk: See :meth:`_episode_risk`
+        :return: Losses, gradient norm and risks
+        """
+        with th.autocast(self.device.type, th.bfloat16, enabled=self.reduced_precision):
+            metrics, buffer_risk = self._update_critics(batch)
+            policy_metrics, policy_risk = self._update_policy(batch.observations)
+        risk = {"buffer": buffer_risk, "policy": policy_risk, "episodes": episode_risk}[self.multiplier_signal]
+        # None before the first episode has ended
+        if risk is not None:
+            self.lagrange_multiplier.update(risk - self._budget)
+        return {**metrics, **policy_metrics, "risk": buffer_risk, "policy_risk": policy_risk}
 
     def _update_critics(self, batch: CostReplayBufferSamples) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """
@@ -482,40 +526,27 @@ class ALGD(OffPolicyAlgorithm):
         :return: Energy, shape (n, batch); gradient with respect to the actions, shape (n, batch, action_dim);
             risk, shape (n, batch, n_constraints); all detached
         """
+        actions.requires_grad_()
         with th.no_grad():
-            critic = self.critic.bind(self.critic.features(observations))
-            cost_critic = self.cost_critic.bind(self.cost_critic.features(observations))
-        multiplier = self.lagrange_multiplier.value
-        results = []
-        # One action per state at a time: all at once is slower on a CPU, whose cache the hidden layers then exceed
-        for action in actions:
-            action.requires_grad_()
-            value = critic.values(action).amin(dim=0).squeeze(-1)
-            risk = estimate_risk(cost_critic.values(action), self.cost_risk_coef)
-            energy = augmented_lagrangian(value, risk, multiplier, self._budget, self.rho)
-            # Only the actions get a gradient, the critics' weights do not
-            (energy_grad,) = th.autograd.grad(energy.sum(), action)
-            results.append((energy.detach(), energy_grad, risk.detach()))
-        energies, energy_grads, risks = (th.stack(tensors) for tensors in zip(*results, strict=True))
-        return energies, energy_grads, risks
+            critic_features = self.critic.features(observations)
+            cost_critic_features = self.cost_critic.features(observations)
+        value = self.critic.bind(critic_features).values(actions).amin(dim=0).squeeze(-1)
+        risk = estimate_risk(self.cost_critic.bind(cost_critic_features).values(actions), self.cost_risk_coef)
+        energy = augmented_lagrangian(value, risk, self.lagrange_multiplier.value, self._budget, self.rho)
+        # Only the actions get a gradient, the critics' weights do not
+        (energy_grad,) = th.autograd.grad(energy.sum(), actions)
+        return energy.detach(), energy_grad, risk.detach()
 
-    def _update_multiplier(self, buffer_risk: th.Tensor, policy_risk: th.Tensor) -> None:
-        """
-        One step of the multipliers, driven by the chosen signal.
-
-        :param buffer_risk: Risk of the stored actions, shape (n_constraints,)
-        :param policy_risk: Risk of the policy's actions, shape (n_constraints,)
-        """
-        if self.multiplier_signal == "episodes":
-            assert self._cost_tracker is not None
-            recent = self._cost_tracker.discounted_costs if self.cost_limit_discounted else self._cost_tracker.episode_costs
-            if len(recent) == 0:
-                return
-            mean_cost = np.mean(list(recent)[-SIGNAL_EPISODES:], axis=0)
-            risk = th.as_tensor(self._budget_factor * mean_cost, dtype=th.float32, device=self.device)
-        else:
-            risk = buffer_risk if self.multiplier_signal == "buffer" else policy_risk
-        self.lagrange_multiplier.update(risk - self._budget)
+    def _episode_risk(self) -> th.Tensor | None:
+        """Cost of recent training episodes in the budget's unit, shape (n_constraints,), where it moves the multipliers."""
+        if self.multiplier_signal != "episodes":
+            return None
+        assert self._cost_tracker is not None
+        recent = self._cost_tracker.discounted_costs if self.cost_limit_discounted else self._cost_tracker.episode_costs
+        if len(recent) == 0:
+            return None
+        mean_cost = np.mean(list(recent)[-SIGNAL_EPISODES:], axis=0)
+        return th.as_tensor(self._budget_factor * mean_cost, dtype=th.float32, device=self.device)
 
     def _log_training(self, means: dict[str, th.Tensor]) -> None:
         """
@@ -560,6 +591,8 @@ class ALGD(OffPolicyAlgorithm):
             self._cost_tracker = EpisodeCostTracker(self.n_envs, self.n_constraints, self.cost_gamma, self._stats_window_size)
         elif environments_reset:
             self._cost_tracker.start_episodes(self.n_envs)
+        # Recorded anew each time: weights and optimizer states may have been replaced since
+        self._graphed_update = GraphedFunction(self._update, self._optimizers()) if self.cuda_graph else None
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
@@ -685,6 +718,7 @@ class ALGD(OffPolicyAlgorithm):
             "cost_critic",
             "cost_critic_target",
             "_budget",
+            "_graphed_update",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

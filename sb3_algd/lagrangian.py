@@ -113,14 +113,14 @@ class LagrangeMultiplier(nn.Module):
         :param violation: :math:`risk_i - h_i`, shape (n_c,).
         :return: The loss before the step, detached, scalar: :math:`\\sum_i \\lambda_i (h_i - risk_i)`.
         """
-        current = self.parameter.exp() if self.space == "log" else self.parameter
-        loss = -(current * violation.detach()).sum()
-        self.optimizer.zero_grad()
-        loss.backward()
+        current = self.value.clone()
+        violation = violation.detach()
+        # The gradient of the loss by hand: d lambda / d theta is lambda in log space, 1 in projected space
+        self.parameter.grad = -(current * violation if self.space == "log" else violation)
         self.optimizer.step()
         with th.no_grad():
             if self.space == "log":
                 self.parameter.clamp_(max=float(np.log(self.max_value)))
             else:
                 self.parameter.clamp_(min=0.0, max=self.max_value)
-        return loss.detach()
+        return -(current * violation).sum()

@@ -46,10 +46,13 @@ class BoundDenoiser:
         self.batch_size = features.shape[0]
         self._from_state = F.linear(features, state_weight, first.bias)
         self._from_step = F.linear(network.step_embedding.weight, step_weight)
+        self._from_state_and_steps = (self._from_step.unsqueeze(1) + self._from_state).unbind()
 
     def _output(self, action: th.Tensor, step: int | th.Tensor) -> th.Tensor:
-        hidden = self._from_state + self._from_step[step] + F.linear(action, self._action_weight)
-        return self._tail(hidden)
+        several = isinstance(step, th.Tensor)
+        base = self._from_state + self._from_step[step] if several else self._from_state_and_steps[step]
+        # Single precision also under autocast
+        return self._tail(th.addmm(base, action, self._action_weight.t())).float()
 
     def score(self, action: th.Tensor, step: int | th.Tensor) -> th.Tensor:
         """
@@ -67,7 +70,8 @@ class BoundDenoiser:
         :return: Score phi(s, a, k) and noise eps(s, x, k), each of shape (batch, action_dim).
         """
         # Both heads share the trunk but look at different inputs: one pass over both
-        output = self._output(th.stack([action, latent]), step)
+        first = F.linear(th.stack([action, latent]), self._action_weight) + self._from_state_and_steps[step]
+        output = self._tail(first).float()
         return output[0, :, : self._action_dim], output[1, :, self._action_dim :]
 
 
@@ -211,21 +215,48 @@ class BoundCritic:
 
     :param critic: The ensemble.
     :param features: Features of the states, shape (batch, features_dim).
+    :param stacked: Whether all members are computed by one batched product per layer, else one after the other.
+        The results are the same. By default stacked on an accelerator, where it saves kernel launches, and not on a CPU,
+        where a batched product runs at two thirds of the speed of plain ones.
     """
 
-    def __init__(self, critic: EnsembleCritic, features: th.Tensor) -> None:
+    def __init__(self, critic: EnsembleCritic, features: th.Tensor, stacked: bool | None = None) -> None:
         first = critic.weights[0]
         state_weight, self._action_weight = first.split([critic.features_dim, first.shape[1] - critic.features_dim], dim=1)
         self._critic = critic
-        self._from_state = th.baddbmm(critic.biases[0], features.expand(critic.n_critics, -1, -1), state_weight)
+        self._stacked = features.device.type != "cpu" if stacked is None else stacked
+        if self._stacked:
+            self._from_state = th.baddbmm(critic.biases[0], features.expand(critic.n_critics, -1, -1), state_weight)
+        else:
+            members = zip(critic.biases[0].unbind(), state_weight.unbind(), strict=True)
+            self._members_from_state = [th.addmm(bias, features, weight) for bias, weight in members]
 
     def values(self, actions: th.Tensor) -> th.Tensor:
         """
-        :param actions: One action per state, shape (batch, action_dim).
-        :return: Values, shape (E, batch, n_outputs).
+        :param actions: One or several actions per state, shape (..., batch, action_dim).
+        :return: Values, shape (E, ..., batch, n_outputs).
         """
+        rows = actions.flatten(0, -2)
+        values = self._values_stacked(rows) if self._stacked else self._values_one_by_one(rows)
+        # Single precision also under autocast
+        return values.float().view(self._critic.n_critics, *actions.shape[:-1], -1)
+
+    def _values_stacked(self, rows: th.Tensor) -> th.Tensor:
         critic = self._critic
-        hidden = th.baddbmm(self._from_state, actions.expand(critic.n_critics, -1, -1), self._action_weight)
+        n_critics, batch_size, width = self._from_state.shape
+        hidden = th.matmul(rows, self._action_weight).view(n_critics, -1, batch_size, width)
+        hidden = (hidden + self._from_state.unsqueeze(1)).view(n_critics, -1, width)
         for weight, bias in zip(critic.weights[1:], critic.biases[1:], strict=True):
             hidden = th.baddbmm(bias, critic.activation(hidden), weight)
         return hidden
+
+    def _values_one_by_one(self, rows: th.Tensor) -> th.Tensor:
+        critic = self._critic
+        layers = [(w.unbind(), b.unbind()) for w, b in zip(critic.weights[1:], critic.biases[1:], strict=True)]
+        values = []
+        for member, from_state in enumerate(self._members_from_state):
+            hidden = (th.mm(rows, self._action_weight[member]).view(-1, *from_state.shape) + from_state).flatten(0, 1)
+            for weights, biases in layers:
+                hidden = th.addmm(biases[member], critic.activation(hidden), weights[member])
+            values.append(hidden)
+        return th.stack(values)

@@ -230,7 +230,11 @@ class DiffusionPolicy(BasePolicy):
             critic.optimizer = self._make_optimizer(own, lr_schedule)
 
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
-        return self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        kwargs = dict(self.optimizer_kwargs)
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW):
+            # The same steps in one pass over the parameters
+            kwargs.setdefault("fused", True)
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _make_critic_pair(self, critic_kwargs: dict[str, Any]) -> tuple[EnsembleCritic, EnsembleCritic]:
         """Make an ensemble and its target, which never shares its features extractor and always is in eval mode."""

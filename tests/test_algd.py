@@ -226,16 +226,16 @@ def test_score_gradient_through_the_chain_is_an_option() -> None:
 
 
 @pytest.mark.parametrize("signal", ["buffer", "policy", "episodes"])
-def test_multiplier_listens_to_its_signal(signal: str) -> None:
+def test_multiplier_listens_to_its_signal(signal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(multiplier_signal=signal, multiplier_learning_rate=0.1)
     model.learn(20)
     high, low = th.tensor([1e3]), th.tensor([0.0])
     start = model.lagrange_multiplier.value.item()
     if signal == "episodes":
         model._cost_tracker.episode_costs.append(np.array([1e3]))  # type: ignore[union-attr]
-        model._update_multiplier(low, low)
-    else:
-        model._update_multiplier(*((high, low) if signal == "buffer" else (low, high)))
+    monkeypatch.setattr(model, "_update_critics", lambda batch: ({}, high if signal == "buffer" else low))
+    monkeypatch.setattr(model, "_update_policy", lambda observations: ({}, high if signal == "policy" else low))
+    model.train(1, 16)
     assert model.lagrange_multiplier.value.item() > start
 
 

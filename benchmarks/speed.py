@@ -1,0 +1,255 @@
+"""
+How fast ALGD updates and acts, as ratios to SB3's SAC measured in the same run.
+
+    make benchmark                                    # everything, about 10 minutes; writes benchmarks/results/speed
+    python benchmarks/speed.py --parts updates --rounds 15
+
+The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, 4 cost critics, 4 score
+samples, 5 denoising steps. SAC has two hidden layers of 256, as ALGD's critics. The algorithms take turns, so that a machine
+that slows down slows all of them; the figures are medians over the rounds.
+"""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from torch.utils.flop_counter import FlopCounterMode
+
+from sb3_algd import ALGD
+
+BATCH_SIZE = 256
+#: Changes of the standard setting for the table of growth: name -> (keyword arguments, batch size, number of constraints)
+VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "standard": ({}, 256, 1),
+    "batch 64": ({}, 64, 1),
+    "batch 1024": ({}, 1024, 1),
+    "2 denoising steps": (dict(policy_kwargs=dict(denoising_steps=2)), 256, 1),
+    "10 denoising steps": (dict(policy_kwargs=dict(denoising_steps=10)), 256, 1),
+    "1 score sample": (dict(n_score_samples=1), 256, 1),
+    "16 score samples": (dict(n_score_samples=16), 256, 1),
+    "1 cost critic": (dict(policy_kwargs=dict(n_cost_critics=1)), 256, 1),
+    "8 cost critics": (dict(policy_kwargs=dict(n_cost_critics=8)), 256, 1),
+    "critics 64, 64": (dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[64, 64]))), 256, 1),
+    "critics 512, 512": (dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[512, 512]))), 256, 1),
+    "3 constraints": ({}, 256, 3),
+}
+
+
+class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
+    """Random observations and costs: an environment that takes no time.
+
+    :param n_constraints: Number of costs per step.
+    """
+
+    observation_space: spaces.Space = spaces.Box(-1.0, 1.0, (76,), np.float32)
+    action_space: spaces.Space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, n_constraints: int = 1) -> None:
+        self.cost_limit = [10.0] * n_constraints
+        self.cost_limit_discounted = False
+
+    def _observe(self) -> np.ndarray:
+        return self.np_random.uniform(-1.0, 1.0, 76).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """See Gymnasium."""
+        super().reset(seed=seed)
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """See Gymnasium."""
+        costs = self.np_random.uniform(0.0, 0.05, len(self.cost_limit))
+        return self._observe(), float(action.sum()), False, False, {"cost": costs}
+
+
+def make_model(kind: str, device: str, n_constraints: int = 1, **kwargs: Any) -> OffPolicyAlgorithm:
+    """
+    :param kind: ``sac``, ``ve`` or ``ddpm``.
+    :param device: Device.
+    :param n_constraints: Number of constraints.
+    :param kwargs: Keyword arguments of ALGD.
+    :return: A model with a filled replay buffer, after a few updates.
+    """
+    env = gym.wrappers.TimeLimit(RandomEnv(n_constraints), 400)
+    common: dict[str, Any] = dict(learning_starts=1200, buffer_size=2000, seed=0, device=device)
+    model: OffPolicyAlgorithm
+    if kind == "sac":
+        model = SAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256]), **common)
+    else:
+        policy_kwargs = {"diffusion": kind, **kwargs.pop("policy_kwargs", {})}
+        model = ALGD("DiffusionPolicy", env, policy_kwargs=policy_kwargs, **common, **kwargs)
+    model.learn(1205)
+    return model
+
+
+def wait_for(device: str) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device == "cuda":
+        th.cuda.synchronize()
+
+
+def rate(function: Callable[[], Any], count: int, device: str) -> float:
+    """
+    :param function: Does ``count`` things.
+    :param count: How many.
+    :param device: Device that works on them.
+    :return: Things per second.
+    """
+    wait_for(device)
+    start = time.perf_counter()
+    function()
+    wait_for(device)
+    return count / (time.perf_counter() - start)
+
+
+def compare(tasks: Mapping[str, Callable[[], float]], rounds: int, reference: str) -> pd.DataFrame:
+    """
+    :param tasks: Name -> one measurement of its rate.
+    :param rounds: How often all take a turn.
+    :param reference: Name of the task that the others are divided by.
+    :return: One row a task: median rate, and median over the rounds of the ratio to the reference.
+    """
+    rates = pd.DataFrame([{name: measure() for name, measure in tasks.items()} for _ in range(rounds)])
+    ratios = rates.div(rates[reference], axis=0)
+    return pd.DataFrame(
+        {
+            "per second": rates.median(),
+            f"ratio to {reference}": ratios.median(),
+            "lowest": ratios.min(),
+            "highest": ratios.max(),
+        }
+    ).rename_axis("what")
+
+
+def measure_updates(rounds: int, device: str) -> pd.DataFrame:
+    """Gradient updates per second, at the standard setting."""
+    models: dict[str, OffPolicyAlgorithm] = {"sac": make_model("sac", device)}
+    for kind in ("ve", "ddpm"):
+        models[f"algd-{kind}"] = make_model(kind, device)
+        models[f"algd-{kind}, bfloat16"] = make_model(kind, device, reduced_precision=True)
+        if device == "cuda":
+            models[f"algd-{kind}, graph"] = make_model(kind, device, cuda_graph=True)
+            models[f"algd-{kind}, graph, bfloat16"] = make_model(kind, device, cuda_graph=True, reduced_precision=True)
+    count = 200 if device == "cuda" else 20
+    tasks = {name: partial(rate, partial(model.train, count, BATCH_SIZE), count, device) for name, model in models.items()}
+    return compare(tasks, rounds, "sac")
+
+
+def measure_predictions(rounds: int, device: str) -> pd.DataFrame:
+    """Calls of ``predict`` per second, for several numbers of observations at once."""
+    models = {"sac": make_model("sac", device), "algd-ve": make_model("ve", device), "algd-ddpm": make_model("ddpm", device)}
+    tables = []
+    for n_observations in (1, 8, 64, 1024):
+        obs = np.random.default_rng(0).uniform(-1.0, 1.0, (n_observations, 76)).astype(np.float32)
+        obs = obs[0] if n_observations == 1 else obs
+        count = 200 if n_observations < 1024 else 40
+
+        def predict(model: OffPolicyAlgorithm, obs: np.ndarray = obs, count: int = count) -> None:
+            for _ in range(count):
+                model.predict(obs)
+
+        tasks = {name: partial(rate, partial(predict, model), count, device) for name, model in models.items()}
+        table = compare(tasks, rounds, "sac")
+        tables.append(table.reset_index().assign(observations=n_observations))
+    return pd.concat(tables).set_index(["observations", "what"])
+
+
+def measure_growth(rounds: int, device: str) -> pd.DataFrame:
+    """Time of an update of the VE type as one quantity of the setting changes, with the floor that its operations set."""
+    products = measure_products(device)
+    count = 10
+    rows = []
+    for name, (kwargs, batch_size, n_constraints) in VARIANTS.items():
+        model = make_model("ve", device, n_constraints, **kwargs)
+        update = partial(model.train, count, batch_size)
+        seconds = np.median([1.0 / rate(update, count, device) for _ in range(rounds)])
+        with FlopCounterMode(display=False) as counter:
+            model.train(1, batch_size)
+        operations = counter.get_total_flops()
+        rows.append(
+            {
+                "setting": name,
+                "ms per update": 1e3 * seconds,
+                "GFLOP per update": operations / 1e9,
+                "floor, ms": 1e3 * operations / products,
+            }
+        )
+    table = pd.DataFrame(rows).set_index("setting")
+    table.insert(1, "ratio to standard", table["ms per update"] / table.loc["standard", "ms per update"])
+    table["time / floor"] = table["ms per update"] / table["floor, ms"]
+    return table
+
+
+def measure_products(device: str) -> float:
+    """Floating-point operations per second of a matrix product of the size that updates have."""
+    a, b = th.rand(5 * BATCH_SIZE, 256, device=device), th.rand(256, 256, device=device)
+    count = 200
+    rates = [rate(lambda: [a @ b for _ in range(count)], count, device) for _ in range(7)]
+    return float(np.median(rates)) * 2 * a.shape[0] * 256 * 256
+
+
+def describe_machine(device: str) -> pd.DataFrame:
+    """What the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        processor = next(
+            (line.split(": ")[1] for line in cpu_info.read_text().splitlines() if "model name" in line), processor
+        )
+    facts = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads of PyTorch": th.get_num_threads(),
+        "vector unit": th.backends.cpu.get_cpu_capability(),
+        "device": th.cuda.get_device_name() if device == "cuda" else "cpu",
+        "PyTorch": th.__version__,
+        "Python": platform.python_version(),
+        "GFLOP/s of a (1280, 256) x (256, 256) product": round(measure_products(device) / 1e9),
+        "load of the machine before": os.getloadavg()[0],
+    }
+    return pd.DataFrame({"value": facts}).rename_axis("fact")
+
+
+PARTS: dict[str, Callable[[int, str], pd.DataFrame]] = {
+    "updates": measure_updates,
+    "predictions": measure_predictions,
+    "growth": measure_growth,
+}
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="What to measure")
+    parser.add_argument("--rounds", type=int, default=9, help="Number of alternating rounds")
+    parser.add_argument("--threads", type=int, default=None, help="Threads of PyTorch (its own choice by default)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed")
+    args = parser.parse_args()
+    if args.threads:
+        th.set_num_threads(args.threads)
+    out = args.out / f"{args.device}-{th.get_num_threads()}threads"
+    out.mkdir(parents=True, exist_ok=True)
+    tables = {"machine": describe_machine(args.device)}
+    print(tables["machine"].to_string(), flush=True)
+    tables["machine"].to_csv(out / "machine.csv")
+    for part in args.parts:
+        table = PARTS[part](args.rounds, args.device)
+        table.to_csv(out / f"{part}.csv", float_format="%.4g")
+        print(f"\n{part}\n{table.to_string(float_format='{:.3g}'.format)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
