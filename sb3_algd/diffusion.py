@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch as th
-import torch.nn.functional as F
 from torch import nn
+
+# A score shorter than this is not stretched to the guidance's full length
+MIN_LENGTH = 1e-12
 
 
 class Denoiser(Protocol):
@@ -75,7 +77,7 @@ class ReverseProcess(nn.Module, ABC):
             return latents
 
         # noise[0] is the starting point, noise[k] is what step k adds; the last step (k = 0) adds none
-        noise = th.randn((self.denoising_steps, *batch_shape), device=device, dtype=dtype)
+        noise = th.randn((self.denoising_steps, *batch_shape), device=device, dtype=dtype).unbind()
         latents = [self.initial_std * noise[0]]
         for k in reversed(range(self.denoising_steps)):
             latents.append(self.step(denoiser, latents[-1], k, noise[k] if k > 0 else None))
@@ -147,18 +149,20 @@ class DDPM(ReverseProcess):
         previous = th.cat([th.ones(1, dtype=th.float64), alpha_bar[:-1]])
         self.guidance_scale = guidance_scale
         self.register_buffer("score_std", (1.0 - alpha_bar).sqrt().float(), persistent=False)
-        self._clean_from_latent = alpha_bar.rsqrt().tolist()
-        self._clean_from_noise = (-((1.0 - alpha_bar) / alpha_bar).sqrt()).tolist()
-        self._mean_from_clean = (beta * previous.sqrt() / (1.0 - alpha_bar)).tolist()
-        self._mean_from_latent = ((1.0 - previous) * alpha.sqrt() / (1.0 - alpha_bar)).tolist()
+        # The posterior mean is linear in the latent and the predicted noise, with x_0 filled in
+        mean_from_clean = beta * previous.sqrt() / (1.0 - alpha_bar)
+        self._mean_from_latent = (
+            (1.0 - previous) * alpha.sqrt() / (1.0 - alpha_bar) + mean_from_clean * alpha_bar.rsqrt()
+        ).tolist()
+        self._mean_from_noise = (-mean_from_clean * ((1.0 - alpha_bar) / alpha_bar).sqrt()).tolist()
         self._posterior_std = (beta * (1.0 - previous) / (1.0 - alpha_bar)).sqrt().tolist()
 
     def step(self, denoiser: Denoiser, latent: th.Tensor, step: int, noise: th.Tensor | None) -> th.Tensor:
         """See :meth:`ReverseProcess.step`."""
         score, predicted_noise = denoiser.score_and_noise(th.tanh(latent), latent, step)
-        clean = self._clean_from_latent[step] * latent + self._clean_from_noise[step] * predicted_noise
-        mean = self._mean_from_clean[step] * clean + self._mean_from_latent[step] * latent
-        mean = th.add(mean, F.normalize(score, dim=-1), alpha=self.guidance_scale)
+        mean = th.add(self._mean_from_latent[step] * latent, predicted_noise, alpha=self._mean_from_noise[step])
+        length = th.linalg.vector_norm(score, dim=-1, keepdim=True).clamp_min(MIN_LENGTH)
+        mean = th.addcdiv(mean, score, length, value=self.guidance_scale)
         if noise is not None:
             mean = th.add(mean, noise, alpha=self._posterior_std[step])
         return mean

@@ -40,19 +40,26 @@ class BoundDenoiser:
             [network.features_dim, network.action_dim, STEP_EMBEDDING_DIM], dim=1
         )
         self._action_dim = network.action_dim
-        self._tail = network.mlp[1:]
+        self._tail = list(network.mlp)[1:]
         self._action_weight = action_weight
         #: Number of states
         self.batch_size = features.shape[0]
         self._from_state = F.linear(features, state_weight, first.bias)
         self._from_step = F.linear(network.step_embedding.weight, step_weight)
-        self._from_state_and_steps = (self._from_step.unsqueeze(1) + self._from_state).unbind()
+        # With a noise head, each step looks at two inputs in the same state
+        rows = self._from_state.repeat(2, 1) if network.predict_noise else self._from_state
+        self._from_state_and_steps = (self._from_step.unsqueeze(1) + rows).unbind()
 
     def _output(self, action: th.Tensor, step: int | th.Tensor) -> th.Tensor:
         several = isinstance(step, th.Tensor)
-        base = self._from_state + self._from_step[step] if several else self._from_state_and_steps[step]
+        base = self._from_state + self._from_step[step] if several else self._from_state_and_steps[step][: action.shape[0]]
+        return self._finish(th.addmm(base, action, self._action_weight.t()))
+
+    def _finish(self, hidden: th.Tensor) -> th.Tensor:
+        for layer in self._tail:
+            hidden = layer(hidden)
         # Single precision also under autocast
-        return self._tail(th.addmm(base, action, self._action_weight.t())).float()
+        return hidden.float()
 
     def score(self, action: th.Tensor, step: int | th.Tensor) -> th.Tensor:
         """
@@ -60,7 +67,7 @@ class BoundDenoiser:
         :param step: Index of the denoising step, one for all or one per row, shape (batch,).
         :return: Score phi(s, a, k), shape (batch, action_dim).
         """
-        return self._output(action, step)[..., : self._action_dim]
+        return self._output(action, step).narrow(1, 0, self._action_dim)
 
     def score_and_noise(self, action: th.Tensor, latent: th.Tensor, step: int) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -70,9 +77,8 @@ class BoundDenoiser:
         :return: Score phi(s, a, k) and noise eps(s, x, k), each of shape (batch, action_dim).
         """
         # Both heads share the trunk but look at different inputs: one pass over both
-        first = F.linear(th.stack([action, latent]), self._action_weight) + self._from_state_and_steps[step]
-        output = self._tail(first).float()
-        return output[0, :, : self._action_dim], output[1, :, self._action_dim :]
+        at_action, at_latent = self._output(th.cat([action, latent]), step).chunk(2)
+        return at_action.narrow(1, 0, self._action_dim), at_latent.narrow(1, self._action_dim, self._action_dim)
 
 
 class DenoisingNetwork(nn.Module):
@@ -101,6 +107,7 @@ class DenoisingNetwork(nn.Module):
         super().__init__()
         self.features_dim = features_dim
         self.action_dim = action_dim
+        self.predict_noise = predict_noise
         self.step_embedding = nn.Embedding(denoising_steps, STEP_EMBEDDING_DIM)
         n_heads = 2 if predict_noise else 1
         input_dim = features_dim + action_dim + STEP_EMBEDDING_DIM
