@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_algd.acceleration import GraphedFunction, move_batch, set_learning_rate, split_batch
 from sb3_algd.buffers import CostReplayBufferSamples
-from sb3_algd.networks import BoundCritic, EnsembleCritic
+from sb3_algd.networks import EnsembleCritic
 from tests.test_algd import make_env, make_model, same, weights
 
 
@@ -25,14 +25,18 @@ def make_critic(n_outputs: int) -> EnsembleCritic:
 
 
 @pytest.mark.parametrize("n_outputs", [1, 3])
-def test_stacked_and_single_products_give_the_same_values_and_gradients(n_outputs: int) -> None:
+def test_stacked_and_single_products_give_the_same_values_and_gradients(
+    n_outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     critic = make_critic(n_outputs)
     features, actions = th.randn(7, 3), th.randn(4, 7, 2, requires_grad=True)
     results = []
     for stacked in (True, False):
-        values = BoundCritic(critic, features, stacked).values(actions)
-        gradients = th.autograd.grad(values.square().sum(), [actions, *critic.weights, *critic.biases])
-        results.append([values, *gradients])
+        monkeypatch.setattr("sb3_algd.networks.computes_stacked", lambda device, stacked=stacked: stacked)
+        several = critic.bind(features).values(actions)
+        one = critic(features, actions[0])
+        gradients = th.autograd.grad(several.square().sum() + one.pow(3).sum(), [actions, *critic.weights, *critic.biases])
+        results.append([several, one, *gradients])
     assert results[0][0].shape == (3, 4, 7, n_outputs)
     for a, b in zip(*results, strict=True):
         th.testing.assert_close(a, b)

@@ -240,7 +240,7 @@ def test_multiplier_listens_to_its_signal(signal: str, monkeypatch: pytest.Monke
 
 
 def test_targets_follow_every_second_update_counted_over_the_whole_run() -> None:
-    model = make_model(learning_starts=0)
+    model = make_model(learning_starts=0, target_update_interval=2)
     model.learn(1)
     targets = [parameter.clone() for parameter in model.critic_target.parameters()]
     assert model._n_updates == 1
