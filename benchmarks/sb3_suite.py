@@ -48,9 +48,9 @@ class SubstituteForSAC(ALGD):
             kwargs.pop(name, None)
         super().__init__(*args, **{"cost_limit": 25.0, "episode_length": 1000, "cost_key": no_cost, **kwargs})
 
-    def learn(self, *args: Any, tb_log_name: str = "SAC", **kwargs: Any) -> "SubstituteForSAC":
-        """Train, logging into the folder that SAC logs into."""
-        return super().learn(*args, tb_log_name=tb_log_name, **kwargs)
+    def learn(self, *args: Any, **kwargs: Any) -> "SubstituteForSAC":
+        """:param args: See ALGD. :param kwargs: See ALGD. :return: The trained model; it logs into the folder of SAC."""
+        return super().learn(*args, **{"tb_log_name": "SAC", **kwargs})
 
 
 def names_in(code: CodeType) -> Iterator[str]:

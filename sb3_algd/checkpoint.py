@@ -139,7 +139,7 @@ class ResumableCheckpointCallback(BaseCallback):
         }
         number = self._number + 1
         buffer, new_rows = self._plan_buffer(model.replay_buffer, number)
-        manifest = {
+        manifest: dict[str, Any] = {
             "number": number,
             "num_timesteps": model.num_timesteps,
             "n_envs": model.n_envs,
@@ -382,7 +382,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _rows(buffer: _CostStorage) -> dict[tuple[str, ...], np.ndarray]:
     """All arrays with one row per stored step, by the names that lead to them."""
-    named = {(name,): value for name, value in vars(buffer).items()}
+    named: dict[tuple[str, ...], Any] = {(name,): value for name, value in vars(buffer).items()}
     for name, value in vars(buffer).items():
         if isinstance(value, dict):
             named.update({(name, key): item for key, item in value.items()})

@@ -49,7 +49,7 @@ def check_finite(name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
             )
 
 
-def all_finite(parameters: dict[str, dict[str, Any]]) -> bool:
+def all_finite(parameters: dict[str, Any]) -> bool:
     """
     :param parameters: What SB3's ``get_parameters`` gives: a state dictionary per network and optimiser.
     :return: Whether all weights are finite. (One that is not spoils the optimisers' moments as well, never the reverse.)
@@ -88,7 +88,7 @@ class WeightsBackup:
     """A copy of everything learned, made every ``BACKUP_INTERVAL`` updates, to go back to when training diverges."""
 
     def __init__(self) -> None:
-        self._parameters: dict[str, dict[str, Any]] | None = None
+        self._parameters: dict[str, Any] | None = None
         self._n_updates = 0
 
     def renew(self, model: "ALGD") -> None:
