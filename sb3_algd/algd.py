@@ -666,7 +666,7 @@ class ALGD(OffPolicyAlgorithm):
         :param truncate_last_traj: See SB3, for goal-conditioned buffers.
         :raises ValueError: If the buffer has no costs, or another number of them; the present buffer stays.
         """
-        present = self.replay_buffer
+        present = getattr(self, "replay_buffer", None)
         super().load_replay_buffer(path, truncate_last_traj)
         loaded = self.replay_buffer
         if not isinstance(loaded, _CostStorage) or loaded.n_constraints != self.n_constraints:

@@ -1,6 +1,7 @@
 """What keeps a long run from going wrong silently: finite numbers, copies of what they could spoil, and useful warnings."""
 
 import copy
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 #: Updates between two copies of the weights: each costs about as much as an update
 BACKUP_INTERVAL = 500
 
-_PACKAGES = tuple(str(Path(file).parent) for file in (__file__, stable_baselines3.__file__))
+_PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, stable_baselines3.__file__))
 
 
 def warn_user(message: str) -> None:
@@ -29,7 +30,7 @@ def warn_user(message: str) -> None:
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGES):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level - 1)
+    warnings.warn(message, stacklevel=level)
 
 
 def check_finite(name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:

