@@ -281,7 +281,8 @@ def resume(
     Go on with a training that was interrupted, from its last checkpoint to its end.
 
     The rest of the training is the same as without the interruption if everything given here is as it was in the interrupted
-    run. Callbacks take up their counts and results again (numbers, texts, arrays, and lists or dictionaries of these).
+    run. Callbacks take up their counts and results again (numbers, texts, arrays, and lists or dictionaries of these);
+    :class:`~sb3_algd.recorder.LearningCurveRecorder`, which writes a file row by row, starts that afresh.
 
     :param path: Folder of the checkpoint, ``save_path`` of the :class:`ResumableCheckpointCallback`
     :param env: The environment, made and wrapped as in the interrupted run
