@@ -45,7 +45,7 @@ def check_finite(name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
         if not np.isfinite(array).all():
             where = f" {key!r}" if key else ""
             raise ValueError(
-                f"The environment returned a non-finite {name}{where}: {array}. Nothing of this step was stored; "
+                f"The environment returned a non-finite {name}{where}: {array}. Nothing of it was stored; "
                 "the model can still be saved. Fix the environment, or clip its output in a wrapper."
             )
 
