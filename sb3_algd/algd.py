@@ -3,7 +3,6 @@
 import io
 import pathlib
 import re
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeVar
@@ -31,7 +30,14 @@ from sb3_algd.buffers import (
     cost_buffer_class,
     read_costs,
 )
-from sb3_algd.constraint import EpisodeCostTracker, budget_per_unit_cost, settle_cost_limit, settle_episode_length
+from sb3_algd.constraint import (
+    DeclaredConstraint,
+    EpisodeCostTracker,
+    budget_per_unit_cost,
+    settle_cost_limit,
+    settle_episode_length,
+)
+from sb3_algd.guards import NormalizationBackup, WeightsBackup, check_finite, warn_user
 from sb3_algd.lagrangian import DEFAULT_MULTIPLIER_INIT, LagrangeMultiplier, augmented_lagrangian, estimate_risk
 from sb3_algd.networks import EnsembleCritic
 from sb3_algd.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy
@@ -39,6 +45,11 @@ from sb3_algd.score import ScorePairing, ScoreSpace, draw_score_samples, draw_sc
 
 SelfALGD = TypeVar("SelfALGD", bound="ALGD")
 
+SIX_TUPLE_ADVICE = (
+    "The environment's step() returns more than Gymnasium's five values, probably the cost as in "
+    "Safety-Gymnasium's (obs, reward, cost, terminated, truncated, info). "
+    "Put the cost into info['cost']: wrap the environment in sb3_algd.envs.SixTupleEnv."
+)
 # multiplier_signal="episodes": how many recent episodes count
 SIGNAL_EPISODES = 5
 # How many batches are drawn from the replay buffer at once
@@ -251,8 +262,12 @@ class ALGD(OffPolicyAlgorithm):
         self.reduced_precision = reduced_precision
         self.cuda_graph = cuda_graph
         self._graphed_update: GraphedFunction | None = None
+        self._declared: DeclaredConstraint | None = None
+        self._settled: dict[str, Any] = {}
         self._cost_tracker: EpisodeCostTracker | None = None
         self._cost_reported = False
+        self._weights_backup = WeightsBackup()
+        self._normalization_backup = NormalizationBackup(None)
 
         if _init_setup_model:
             self._setup_model()
@@ -332,10 +347,14 @@ class ALGD(OffPolicyAlgorithm):
 
     def _setup_constraint(self) -> None:
         """Settle limit, horizon and budget, from the arguments or from what the environment declares."""
+        # At loading: what is as it was saved was not given anew
+        loaded = {name: value for name, value in self._settled.items() if np.array_equal(getattr(self, name), value)}
         limits, self.cost_limit_discounted = settle_cost_limit(self.cost_limit, self.cost_limit_discounted, self.env)
         self.cost_limit = limits
         self.n_constraints = len(limits)
         self.episode_length = settle_episode_length(self.episode_length, self.env, warn=not self.cost_limit_discounted)
+        self._settled = {"cost_limit": limits, "episode_length": self.episode_length}
+        self._compare_constraint(loaded)
         # Computed in any case: it also checks horizon and discount factor
         factor = budget_per_unit_cost(self.episode_length, self.cost_gamma)
         self._budget_factor = 1.0 if self.cost_limit_discounted else factor
@@ -347,6 +366,29 @@ class ALGD(OffPolicyAlgorithm):
                 f"Cost limit per episode ({unit}): {limits.tolist()}, horizon: {self.episode_length} steps, "
                 f"budget of the cost critics: {self.cost_budget.tolist()}"
             )
+
+    def _compare_constraint(self, in_force: dict[str, Any]) -> None:
+        """
+        Warn if the environment declares another constraint than the one before.
+
+        :param in_force: Limit and horizon, where they come from the environment before or from its model
+        """
+        if self.env is None:
+            return
+        declared = DeclaredConstraint(self.env)
+        if self._declared is not None:
+            declared.warn_of_changes(self._declared, in_force)
+        self._declared = declared
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Change the environment, see SB3. Limit and horizon stay, with a warning where the environment declares others.
+
+        :param env: The environment for learning a policy
+        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
+        """
+        super().set_env(env, force_reset)
+        self._compare_constraint(self._settled)
 
     def _make_replay_buffer(self) -> _CostStorage:
         if self.replay_buffer_class is not None:
@@ -386,6 +428,7 @@ class ALGD(OffPolicyAlgorithm):
         :param batch_size: Number of transitions per update
         """
         assert self.replay_buffer is not None
+        self._weights_backup.renew(self)
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rates()
@@ -554,15 +597,16 @@ class ALGD(OffPolicyAlgorithm):
         Record the means of one ``train()`` call.
 
         :param means: Scalars, and risks of shape (n_constraints,)
-        :raises FloatingPointError: If one is not finite
+        :raises FloatingPointError: If one is not finite; weights and optimisers are set back to a copy from before
         """
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, mean in means.items():
             values = np.atleast_1d(mean.cpu().numpy())
             if not np.isfinite(values).all():
+                what = f"train/{name} became {values.tolist()} at update {self._n_updates} (step {self.num_timesteps})"
                 raise FloatingPointError(
-                    f"train/{name} became {values.tolist()} at update {self._n_updates} (step {self.num_timesteps}): training "
-                    "diverged and stopped. Go back to the last saved model; try a smaller learning_rate or scaled rewards."
+                    f"{what}: training diverged and stopped. {self._weights_backup.restore(self)}; "
+                    "try a smaller learning_rate or scaled rewards."
                 )
             self._record_each(f"train/{name}", values)
         self._record_each("train/multiplier", self.lagrange_multiplier.value.cpu().numpy())
@@ -594,7 +638,28 @@ class ALGD(OffPolicyAlgorithm):
             self._cost_tracker.start_episodes(self.n_envs)
         # Recorded anew each time: weights and optimizer states may have been replaced since
         self._graphed_update = GraphedFunction(self._update, self._optimizers()) if self.cuda_graph else None
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._normalization_backup = NormalizationBackup(self._vec_normalize_env)
+        arguments = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if environments_reset:
+            assert self._last_obs is not None
+            self._check_first_observation(self._last_obs)
+        return arguments
+
+    def _check_first_observation(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
+        """
+        Look at an observation before the policy acts on it.
+
+        :param obs: From the environments, which may have been reset
+        :raises ValueError: If it is not finite
+        """
+        # Normalising clips, which hides infinity
+        original = obs if self._vec_normalize_env is None else self._vec_normalize_env.old_obs
+        try:
+            check_finite("observation", original)
+        except ValueError:
+            self._normalization_backup.restore()
+            self._last_obs = None  # the next learn() starts from a reset
+            raise
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
@@ -603,21 +668,29 @@ class ALGD(OffPolicyAlgorithm):
         :param args: See SB3
         :param kwargs: See SB3
         :return: Number of steps and episodes, and whether to go on
-        :raises ValueError: If the environment's ``step`` returns six values
+        :raises ValueError: If the environment's ``step`` returns six values, or what it returns is not finite
+        :raises RuntimeError: If the process of an environment died
         """
         try:
             return super().collect_rollouts(*args, **kwargs)
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(
+                "An environment in a process of its own (SubprocVecEnv) died; its own error is printed above this one. If "
+                f"that says 'too many values to unpack (expected 5)': {SIX_TUPLE_ADVICE}"
+            ) from error
         except (ValueError, gym.error.Error) as error:
+            self._normalization_backup.restore()
             # What SB3 says of a bare environment, and what Gymnasium's checker says of a registered one
             if not re.search(
                 r"too many values to unpack \(expected 5\)|step.* to return a four or five element tuple", str(error)
             ):
                 raise
-            raise ValueError(
-                "The environment's step() returns more than Gymnasium's five values, probably the cost as in "
-                "Safety-Gymnasium's (obs, reward, cost, terminated, truncated, info). "
-                "Put the cost into info['cost']: wrap the environment in sb3_algd.envs.SixTupleEnv."
-            ) from error
+            raise ValueError(SIX_TUPLE_ADVICE) from error
+
+    def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, *args)
+        # The first of a new episode among them, which the buffer sees with the next step only
+        self._check_first_observation(new_obs)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
@@ -627,7 +700,7 @@ class ALGD(OffPolicyAlgorithm):
         :param truncate_last_traj: See SB3, for goal-conditioned buffers.
         :raises ValueError: If the buffer has no costs, or another number of them; the present buffer stays.
         """
-        present = self.replay_buffer
+        present = getattr(self, "replay_buffer", None)
         super().load_replay_buffer(path, truncate_last_traj)
         loaded = self.replay_buffer
         if not isinstance(loaded, _CostStorage) or loaded.n_constraints != self.n_constraints:
@@ -640,6 +713,7 @@ class ALGD(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
+        self._normalization_backup = NormalizationBackup(self._vec_normalize_env)
         return super()._sample_action(0 if self.use_policy_at_warmup else learning_starts, action_noise, n_envs)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
@@ -656,10 +730,9 @@ class ALGD(OffPolicyAlgorithm):
     def _warn_no_cost(self) -> None:
         # Said once, whether or not costs appear later
         self._cost_reported = True
-        warnings.warn(
+        warn_user(
             f"The environment reported no cost (info[{self.cost_key!r}]) so far: a missing cost is treated as 0, "
-            "so the constraint never binds. Name the right key with cost_key=..., or use an algorithm without constraints.",
-            stacklevel=2,
+            "so the constraint never binds. Name the right key with cost_key=..., or use an algorithm without constraints."
         )
 
     def dump_logs(self) -> None:
@@ -720,6 +793,8 @@ class ALGD(OffPolicyAlgorithm):
             "cost_critic_target",
             "_budget",
             "_graphed_update",
+            "_weights_backup",
+            "_normalization_backup",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

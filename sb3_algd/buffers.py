@@ -5,8 +5,9 @@ Costs are vectors of ``n_constraints`` numbers per step, read from the environme
 (VecNormalize scales rewards, never costs).
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -14,6 +15,8 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_algd.guards import check_finite
 
 #: Where a step's cost is found: a key of ``info``, or a function of it that gives a number or one number per constraint
 CostKey = str | Callable[[dict[str, Any]], Any]
@@ -72,17 +75,6 @@ def read_costs(infos: Sequence[dict[str, Any]], cost_key: CostKey, n_constraints
     return costs, reported
 
 
-def _check_finite(name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
-    """Refuse what would silently poison every later update."""
-    for key, array in value.items() if isinstance(value, dict) else [("", value)]:
-        if not np.isfinite(array).all():
-            where = f" {key!r}" if key else ""
-            raise ValueError(
-                f"The environment returned a non-finite {name}{where}: {array}. Nothing of this step was stored; "
-                "the model can still be saved. Fix the environment, or clip its output in a wrapper."
-            )
-
-
 class _CostStorage(ReplayBuffer):
     """
     What every buffer with costs shares, mixed into one of SB3's replay buffers.
@@ -94,6 +86,9 @@ class _CostStorage(ReplayBuffer):
         the episode (the paper's code does so with ``"goal_met"``). None for never.
     :param kwargs: Keyword arguments of the SB3 buffer.
     """
+
+    #: Arrays that change in rows other than the one that is added
+    rewritten_rows: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -107,6 +102,8 @@ class _CostStorage(ReplayBuffer):
         self.n_constraints = n_constraints
         self.cost_key = cost_key
         self.reward_cut_key = reward_cut_key
+        #: Number of rows ever stored, overwritten ones too
+        self.n_added = 0
         self.costs = np.zeros((self.buffer_size, self.n_envs, n_constraints), dtype=np.float32)
         self.reward_cuts = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
 
@@ -131,13 +128,24 @@ class _CostStorage(ReplayBuffer):
         :raises ValueError: If an observation, reward or cost is not finite, or the number of costs is wrong; nothing is stored
         """
         costs, _ = read_costs(infos, self.cost_key, self.n_constraints)
-        _check_finite("observation", next_obs)
-        _check_finite("observation", obs)
-        _check_finite("reward", np.asarray(reward))
+        check_finite("observation", next_obs)
+        check_finite("observation", obs)
+        check_finite("reward", np.asarray(reward))
         self.costs[self.pos] = costs
         if self.reward_cut_key is not None:
             self.reward_cuts[self.pos] = [bool(info.get(self.reward_cut_key, False)) for info in infos]
         super().add(obs, next_obs, action, reward, done, infos)
+        self.n_added += 1
+
+    def end_episodes(self) -> None:
+        """Let the running episodes end with the newest transition, as at a time limit: a reset is about to follow."""
+        if self.n_added == 0:
+            return
+        newest = (self.pos - 1) % self.buffer_size
+        running = self.dones[newest] == 0
+        self.dones[newest, running] = 1
+        # Without it the end counts as a true one, as that of a time limit does then
+        self.timeouts[newest, running] = float(self.handle_timeout_termination)
 
     def _lookup(self, stored: Any, rows: np.ndarray, envs: np.ndarray, env: VecNormalize | None) -> th.Tensor | TensorDict:
         """Normalised observations at the given rows and environments, as tensors."""
@@ -243,8 +251,18 @@ class CostHerReplayBuffer(_CostStorage, HerReplayBuffer):  # type: ignore[misc]
     """
     :class:`~stable_baselines3.her.HerReplayBuffer` with costs.
 
-    A relabelled transition keeps the cost that was paid: costs must not depend on the goal.
+    A relabelled transition keeps the cost that was paid: costs must not depend on the goal. It is not cut (see
+    ``reward_cut_key``): its old goal may have been met, nothing is known of its new one.
     """
+
+    rewritten_rows = ("ep_length",)
+
+    def end_episodes(self) -> None:
+        """Let the running episodes end with the newest transition, so that they can be sampled."""
+        with warnings.catch_warnings():
+            # Here it is meant
+            warnings.filterwarnings("ignore", "The last trajectory in the replay buffer will be truncated")
+            self.truncate_last_trajectory()
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> CostReplayBufferSamples:  # type: ignore[override]
         """
@@ -258,8 +276,10 @@ class CostHerReplayBuffer(_CostStorage, HerReplayBuffer):  # type: ignore[misc]
         data = HerReplayBuffer.sample(self, batch_size, env)
         # SB3 draws the real transitions, then the relabelled ones, and joins them in this order
         rows, envs = (np.concatenate(indices) for indices in zip(*self._drawn, strict=True))
+        n_real = len(self._drawn[0][0])
         del self._drawn
         cuts = self.to_torch(self.reward_cuts[rows, envs]).unsqueeze(1)
+        cuts[n_real:] = 0
         return CostReplayBufferSamples(
             observations=data.observations,
             actions=data.actions,

@@ -2,12 +2,13 @@
 What is allowed, and what has been paid: cost limits, the budget of the cost critics, and the costs of training episodes.
 """
 
-import warnings
 from collections import deque
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_algd.guards import warn_user
 
 # What Safety-Gymnasium's benchmarks use where nothing else is said
 FALLBACK_COST_LIMIT = 25.0
@@ -88,10 +89,9 @@ def settle_cost_limit(cost_limit: Any, discounted: bool | None, env: VecEnv | No
             discounted = bool(declared_by_env(env, "cost_limit_discounted"))
         return check_cost_limit(declared), discounted
     if cost_limit is None:
-        warnings.warn(
+        warn_user(
             "No cost_limit was given and the environment declares none (attribute `cost_limit`): "
-            f"a limit of {FALLBACK_COST_LIMIT:g} per episode is used, as in Safety-Gymnasium. Give cost_limit to ALGD.",
-            stacklevel=2,
+            f"a limit of {FALLBACK_COST_LIMIT:g} per episode is used, as in Safety-Gymnasium. Give cost_limit to ALGD."
         )
         return check_cost_limit(FALLBACK_COST_LIMIT), bool(discounted)
     limits = check_cost_limit(cost_limit)
@@ -118,12 +118,46 @@ def settle_episode_length(episode_length: int | None, env: VecEnv | None, warn: 
     if episode_length is None:
         episode_length = FALLBACK_EPISODE_LENGTH
         if warn:
-            warnings.warn(
+            warn_user(
                 "No episode_length was given and the environment has no time limit: "
-                f"{FALLBACK_EPISODE_LENGTH} steps are assumed to turn the cost limit into a budget. Give episode_length.",
-                stacklevel=2,
+                f"{FALLBACK_EPISODE_LENGTH} steps are assumed to turn the cost limit into a budget. Give episode_length."
             )
     return episode_length
+
+
+class DeclaredConstraint:
+    """
+    What an environment says of its constraint, to notice when a model gets an environment that says something else.
+
+    :param env: The environment, None if there is none.
+    """
+
+    #: Argument of ALGD: attribute of the environment
+    _ATTRIBUTES: ClassVar = {"cost_limit": "cost_limit", "episode_length": "_max_episode_steps"}
+
+    def __init__(self, env: VecEnv | None) -> None:
+        self.values: dict[str, list[Any]] = {}
+        for argument, attribute in self._ATTRIBUTES.items():
+            values = env.get_attr(attribute) if env is not None and env.has_attr(attribute) else []
+            # Where they differ, the user has said what counts
+            if values and all(np.array_equal(value, values[0]) for value in values):
+                self.values[argument] = np.ravel(values[0]).tolist()
+
+    def warn_of_changes(self, before: "DeclaredConstraint", in_force: dict[str, Any]) -> None:
+        """
+        Warn where this environment declares another constraint than the one before, and the model keeps its own.
+
+        :param before: What the model's environment declared before.
+        :param in_force: What the model goes by, for each argument that it took over from its environment.
+        """
+        for argument, value in in_force.items():
+            declared, kept = self.values.get(argument), np.ravel(value).tolist()
+            if declared is not None and declared not in (before.values.get(argument), kept):
+                warn_user(
+                    f"The environment declares {argument} = {declared}, but the model keeps its own, {kept}. "
+                    f"To go by the environment's, save the model and load it with {argument}=...: "
+                    f"ALGD.load(path, env=env, {argument}={declared[0] if len(declared) == 1 else declared})."
+                )
 
 
 class EpisodeCostTracker:

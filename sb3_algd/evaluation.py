@@ -1,6 +1,5 @@
 """Evaluation that counts costs beside rewards."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.buffers import CostKey, read_costs
+from sb3_algd.guards import warn_user
 
 
 class CostCounter:
@@ -109,10 +109,9 @@ def evaluate_policy(
         warn=warn,
     )
     if warn and not counter.reported:
-        warnings.warn(
+        warn_user(
             f"The environment reported no cost (info[{cost_key!r}]) in the evaluation, so all costs are 0: "
-            "name the right key with cost_key=...",
-            stacklevel=2,
+            "name the right key with cost_key=..."
         )
     costs = np.stack(counter.episode_costs)
     assert len(costs) == len(rewards)  # type: ignore[arg-type]

@@ -2,16 +2,13 @@
 
 import csv
 import os
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import gymnasium as gym
 import numpy as np
-import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
@@ -20,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_algd.buffers import CostKey, read_costs
 from sb3_algd.constraint import EpisodeCostTracker
 from sb3_algd.evaluation import evaluate_policy
+from sb3_algd.random_state import preserved_random_state
 
 COLUMNS = (
     "step",
@@ -39,22 +37,6 @@ Row = dict[str, float]
 
 #: Added to the seed of a run, so that no evaluation sees an episode that training may see
 EVAL_SEED = 1_000_000
-
-
-@contextmanager
-def preserved_random_state(device: th.device) -> Iterator[None]:
-    """
-    Give every global random generator its state back afterwards, so that what runs inside has no influence on training.
-
-    :param device: The device of the model, whose generator is kept beside the CPU's.
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with th.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 def make_envs(env_id: str, n_envs: int = 1, seed: int | None = None) -> VecEnv:

@@ -279,3 +279,24 @@ def test_sb3_classes_map_to_their_twins() -> None:
     assert cost_buffer_class(Mine) is Mine
     with pytest.raises(ValueError, match="Stranger does not store costs"):
         cost_buffer_class(Stranger)
+
+
+def test_her_does_not_cut_relabelled_transitions() -> None:
+    class GoalMet(CostlyBitFlipping):
+        def step(self, action: Any) -> Any:
+            *others, info = super().step(action)
+            return *others, {**info, "goal_met": True}
+
+    env = DummyVecEnv([lambda: GoalMet(n_bits=4, continuous=True, max_steps=5)])
+    buffer = CostHerReplayBuffer(200, env.observation_space, env.action_space, env, "cpu", reward_cut_key="goal_met")
+    obs = env.reset()
+    for _ in range(40):
+        action = np.stack([env.action_space.sample()])
+        next_obs, reward, _done, infos = env.step(action)
+        buffer.add(obs, next_obs, action, reward, np.zeros(1), infos)
+        obs = next_obs
+    buffer.end_episodes()
+    batch = cost_sample(buffer, 100)
+    # Four of five are relabelled, and come last
+    np.testing.assert_array_equal(batch.dones[:, 0], [1.0] * 20 + [0.0] * 80)
+    assert not batch.cost_dones.any()

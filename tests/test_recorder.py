@@ -14,7 +14,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd import ALGD
-from sb3_algd.recorder import COLUMNS, LearningCurveRecorder, preserved_random_state
+from sb3_algd.random_state import preserved_random_state
+from sb3_algd.recorder import COLUMNS, LearningCurveRecorder
 
 
 class NoisyCostEnv(gym.Env):

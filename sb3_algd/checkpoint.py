@@ -1,0 +1,476 @@
+"""
+Checkpoints from which training goes on exactly: after :func:`resume` every weight is, bit for bit on a CPU, what it would have
+been without the interruption.
+
+Running environments cannot be stored. So storing a checkpoint ends the running episodes, as a time limit would, and resets the
+environments with a seed that is stored too, whether or not training is interrupted later.
+
+A checkpoint is a folder::
+
+    checkpoint.json         names the files that belong together; replaced last, in one step
+    model_<n>.zip           what ``model.save()`` stores
+    state_<n>.pkl           random generators, VecNormalize, callbacks, what changes inside the replay buffer
+    buffer_<n>.pkl          transitions that are new since the checkpoint before; all of these make up the replay buffer
+
+Like every file that Stable-Baselines3 loads, these contain pickled objects: open only those that you trust.
+"""
+
+import io
+import json
+import os
+import pickle
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+
+from sb3_algd.algd import ALGD
+from sb3_algd.buffers import _CostStorage
+from sb3_algd.guards import all_finite, warn_user
+from sb3_algd.random_state import get_random_state, set_random_state
+
+MANIFEST = "checkpoint.json"
+#: What the logger will write at its next dump
+_LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
+
+
+class ResumableCheckpointCallback(BaseCallback):
+    """
+    Store checkpoints for :func:`resume`: the newest one in ``save_path``, which replaces the one before.
+
+    A kill at any moment, also while a checkpoint is being stored, leaves a complete one behind. Episodes that run when a
+    checkpoint is stored end there (see :mod:`sb3_algd.checkpoint`), so make ``save_freq`` many times the length of an episode.
+
+    :param save_freq: Environment steps, of all environments together, between two checkpoints. One more is stored at the end
+        of ``learn()``.
+    :param save_path: Folder of the checkpoint.
+    :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint was stored
+    """
+
+    model: ALGD
+
+    def __init__(self, save_freq: int, save_path: str | Path, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        if save_freq < 1:
+            raise ValueError(f"save_freq must be at least 1 step, got {save_freq}.")
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        #: What resume() leaves to be done when training is about to go on
+        self._pending: dict[str, Any] | None = None
+        self._manifest: dict[str, Any] | None = None
+        #: The replay buffer that the manifest's files belong to
+        self._stored_buffer: _CostStorage | None = None
+        self._number = 0
+        #: Data of the other callbacks, as they were at the start and where that has changed
+        self._initial_states: dict[str, dict[str, Any]] = {}
+        self._kept_states: dict[str, dict[str, Any]] = {}
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, ALGD):
+            raise ValueError(
+                f"{type(self).__name__} stores ALGD only; use Stable-Baselines3's CheckpointCallback for "
+                f"{type(self.model).__name__}."
+            )
+        self.save_path.mkdir(parents=True, exist_ok=True)
+        self._started = False
+        if self._manifest is None and (self.save_path / MANIFEST).exists():
+            # Its files must stay until it is replaced
+            self._number = read_manifest(self.save_path)["number"]
+            warn_user(
+                f"{self.save_path} holds a checkpoint of an earlier run, which the first one of this run will replace. "
+                "To go on with the earlier run: sb3_algd.checkpoint.resume(...)."
+            )
+
+    def _on_training_start(self) -> None:
+        self._last_stored = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        # Between the updates and the next step: everything that was seen is stored and learned from
+        if not self._started:
+            self._started = True
+            # Now, because others prepare themselves when training starts
+            for name, callback in self._others().items():
+                self._initial_states.setdefault(name, _plain_attributes(callback))
+            if self._pending is not None:
+                self._finish_resuming(self._pending)
+                self._pending = None
+        if self.model.num_timesteps - self._last_stored >= self.save_freq:
+            self.store()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        # A resumed run that was complete already has not started again
+        if self._started and self._last_stored < self.model.num_timesteps:
+            self.store()
+
+    def store(self) -> None:
+        """
+        Store a checkpoint now, between two rollouts.
+
+        :raises FloatingPointError: If the model's weights are not finite; the checkpoint before stays
+        :raises OSError: If it cannot be written, for instance on a full disk; the checkpoint before stays
+        """
+        model = self.model
+        assert model.replay_buffer is not None
+        if not all_finite(model.get_parameters()):
+            raise FloatingPointError(
+                f"The weights are not finite at step {model.num_timesteps}: training has diverged. {self._stays()}"
+            )
+        model.replay_buffer.end_episodes()
+        seed = int(np.random.randint(2**31))
+        restart_episodes(model, seed)
+        state = {
+            "seed": seed,
+            "observation": _original_observation(model),
+            "last_obs": model._last_obs,
+            "vec_normalize": None if model._vec_normalize_env is None else model._vec_normalize_env.__getstate__(),
+            "buffer": _buffer_state(model.replay_buffer),
+            "callbacks": self._callback_states(),
+            "logger": {name: _plain(getattr(self.logger, name)) for name in _LOGGER_STATE},
+            "random": get_random_state(model.device),
+        }
+        number = self._number + 1
+        buffer, new_rows = self._plan_buffer(model.replay_buffer, number)
+        manifest: dict[str, Any] = {
+            "number": number,
+            "num_timesteps": model.num_timesteps,
+            "n_envs": model.n_envs,
+            "save_freq": self.save_freq,
+            "model": f"model_{number}.zip",
+            "state": f"state_{number}.pkl",
+            "buffer": buffer,
+        }
+        writers: dict[str, Callable[[IO[bytes]], Any]] = {
+            manifest["model"]: lambda file: file.write(_saved(model)),
+            manifest["state"]: lambda file: pickle.dump(state, file, protocol=5),
+        }
+        if len(new_rows) > 0:
+            rows = {key: array[new_rows] for key, array in _rows(model.replay_buffer).items()}
+            writers[buffer["files"][-1]["name"]] = lambda file: pickle.dump((new_rows, rows), file, protocol=5)
+        self._write(manifest, writers)
+        self._number, self._manifest, self._stored_buffer = number, manifest, model.replay_buffer
+        self._last_stored = model.num_timesteps
+        if self.verbose >= 2:
+            print(f"Stored checkpoint at {model.num_timesteps} steps in {self.save_path}")
+
+    def _plan_buffer(self, buffer: _CostStorage, number: int) -> tuple[dict[str, Any], np.ndarray]:
+        """What the manifest says of the replay buffer, and the rows that are written now."""
+        n_added = buffer.n_added
+        if self._manifest is not None and self._stored_buffer is buffer:
+            series, before = self._manifest["buffer"]["series"], self._manifest["buffer"]["n_added"]
+            # A file whose rows are all overwritten by now is not needed
+            oldest = n_added - buffer.buffer_size
+            files = [file for file in self._manifest["buffer"]["files"] if file["n_added"] > oldest]
+        else:
+            series, before, files = uuid.uuid4().hex, 0, []
+        n_new = min(n_added - before, buffer.buffer_size)
+        # The memory efficient variant keeps the last next observation in the row that comes next
+        n_rows = min(n_new + (n_new > 0 and buffer.optimize_memory_usage), buffer.buffer_size)
+        rows = (buffer.pos - n_new + np.arange(n_rows)) % buffer.buffer_size
+        if n_rows > 0:
+            # The name of the series, because another buffer's file may stand beside it until the manifest is replaced
+            files = [*files, {"name": f"buffer_{series[:8]}_{number}.pkl", "n_added": n_added}]
+        return {"series": series, "n_added": n_added, "files": files}, rows
+
+    def _write(self, manifest: dict[str, Any], writers: dict[str, Callable[[IO[bytes]], Any]]) -> None:
+        """Write the files, then the manifest that makes them the checkpoint, then remove what it does not name."""
+        written: list[Path] = []
+        try:
+            for name, writer in writers.items():
+                written.append(self.save_path / name)
+                _write_durably(written[-1], writer)
+            new_manifest = self.save_path / f"{MANIFEST}.new"
+            written.append(new_manifest)
+            _write_durably(new_manifest, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        except OSError as error:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise OSError(
+                error.errno,
+                f"Could not store the checkpoint of step {manifest['num_timesteps']} in {self.save_path}: {error.strerror}. "
+                f"{self._stays()} Make room, then resume.",
+            ) from error
+        os.replace(new_manifest, self.save_path / MANIFEST)
+        _sync_folder(self.save_path)
+        named = {MANIFEST, manifest["model"], manifest["state"], *(file["name"] for file in manifest["buffer"]["files"])}
+        for pattern in ("model_*.zip", "state_*.pkl", "buffer_*.pkl"):
+            for path in self.save_path.glob(pattern):
+                if path.name not in named:
+                    path.unlink(missing_ok=True)
+
+    def _stays(self) -> str:
+        if self._manifest is None:
+            return "There is no earlier checkpoint of this run."
+        return f"The checkpoint of step {self._manifest['num_timesteps']} stays."
+
+    # --- the other callbacks ---------------------------------------------------------------------------------------------
+
+    def _others(self) -> dict[str, BaseCallback]:
+        """All other callbacks of this training, by class and order."""
+        found: dict[str, BaseCallback] = {}
+        counts: Counter[str] = Counter()
+        for callback in _callbacks_in(self.locals["callback"]):
+            name = type(callback).__qualname__
+            if callback is not self:
+                found[f"{name}_{counts[name]}"] = callback
+                counts[name] += 1
+        return found
+
+    def _callback_states(self) -> dict[str, dict[str, Any]]:
+        """What has changed in the other callbacks since the very start: counts and results, not the user's settings."""
+        for name, callback in self._others().items():
+            initial = self._initial_states.get(name, {})
+            kept = self._kept_states.setdefault(name, {})
+            for key, value in _plain_attributes(callback).items():
+                if key in kept or pickle.dumps(value) != pickle.dumps(initial.get(key)):
+                    kept[key] = value
+        return self._kept_states
+
+    def _finish_resuming(self, state: dict[str, Any]) -> None:
+        """Bring everything outside the model to where it was when the checkpoint was stored."""
+        model = self.model
+        vec_normalize = model._vec_normalize_env
+        if (vec_normalize is None) != (state["vec_normalize"] is None):
+            raise ValueError(
+                f"The environment of the interrupted run was {'not ' if vec_normalize is not None else ''}wrapped in "
+                "VecNormalize: wrap it the same way. (The statistics are in the checkpoint.)"
+            )
+        restart_episodes(model, state["seed"])
+        if _same(_original_observation(model), state["observation"]):
+            model._last_obs = state["last_obs"]
+        else:
+            warn_user(
+                "After a reset with the stored seed the environment starts elsewhere than in the interrupted run. Training "
+                "goes on, but not exactly as without the interruption: make the environment as before, and let it draw from "
+                "its own generator (self.np_random) only."
+            )
+        if vec_normalize is not None:
+            vec_normalize.__dict__.update(state["vec_normalize"])
+            model._last_original_obs = vec_normalize.get_original_obs()
+        self._kept_states = state["callbacks"]
+        others = self._others()
+        for name, attributes in self._kept_states.items():
+            if name in others:
+                others[name].__dict__.update(pickle.loads(pickle.dumps(attributes)))
+        for name, values in state["logger"].items():
+            getattr(self.logger, name).update(values)
+        set_random_state(state["random"], model.device)
+
+
+def resume(
+    path: str | Path,
+    env: GymEnv,
+    callback: MaybeCallback = None,
+    total_timesteps: int | None = None,
+    log_interval: int = 4,
+    tb_log_name: str = "ALGD",
+    progress_bar: bool = False,
+    device: th.device | str = "auto",
+    custom_objects: dict[str, Any] | None = None,
+    model_class: type[ALGD] = ALGD,
+) -> ALGD:
+    """
+    Go on with a training that was interrupted, from its last checkpoint to its end.
+
+    The rest of the training is the same as without the interruption if everything given here is as it was in the interrupted
+    run. Callbacks take up their counts and results again (numbers, texts, arrays, and lists or dictionaries of these);
+    :class:`~sb3_algd.recorder.LearningCurveRecorder`, which writes a file row by row, starts that afresh.
+
+    :param path: Folder of the checkpoint, ``save_path`` of the :class:`ResumableCheckpointCallback`
+    :param env: The environment, made and wrapped as in the interrupted run
+    :param callback: The callbacks of the interrupted run. A :class:`ResumableCheckpointCallback` for ``path`` is added where
+        there is none: further checkpoints are part of what happened without the interruption.
+    :param total_timesteps: Number of steps of the whole training. None for what the interrupted ``learn()`` was to reach
+    :param log_interval: see ``learn()``
+    :param tb_log_name: see ``learn()``
+    :param progress_bar: see ``learn()``
+    :param device: Device of the model
+    :param custom_objects: see ``load()``
+    :param model_class: Class of the model, if it is a subclass of ALGD
+    :return: The trained model
+    :raises FileNotFoundError: If there is no checkpoint
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    model = model_class.load(path / manifest["model"], env, device, custom_objects, force_reset=False)
+    if model.n_envs != manifest["n_envs"]:
+        raise ValueError(f"The interrupted run had {manifest['n_envs']} environment(s), not {model.n_envs}: give as many.")
+    with (path / manifest["state"]).open("rb") as file:
+        state = pickle.load(file)
+    assert model.replay_buffer is not None
+    _load_buffer(model.replay_buffer, state["buffer"], [path / file["name"] for file in manifest["buffer"]["files"]])
+
+    callbacks = _as_list(callback)
+    mine = [
+        candidate
+        for given in callbacks
+        for candidate in _callbacks_in(given)
+        if isinstance(candidate, ResumableCheckpointCallback) and candidate.save_path.resolve() == path.resolve()
+    ]
+    if not mine:
+        mine = [ResumableCheckpointCallback(manifest["save_freq"], path)]
+        callbacks += mine
+    mine[0]._pending, mine[0]._number = state, manifest["number"]
+    mine[0]._manifest, mine[0]._stored_buffer = manifest, model.replay_buffer
+    if total_timesteps is None:
+        total_timesteps = model._total_timesteps
+    return model.learn(
+        max(int(total_timesteps) - model.num_timesteps, 0),
+        CallbackList(callbacks),
+        log_interval,
+        tb_log_name,
+        reset_num_timesteps=False,
+        progress_bar=progress_bar,
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """
+    :param path: Folder of a checkpoint.
+    :return: Its files, and the step that it was stored at (``num_timesteps``).
+    :raises FileNotFoundError: If there is none.
+    """
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no checkpoint in {path}: it is another folder, or the run ended before its first one. "
+            "Train from the start."
+        ) from error
+
+
+def restart_episodes(model: ALGD, seed: int) -> None:
+    """
+    Start new episodes, in a way that can be repeated.
+
+    :param model: The model, whose environments are reset.
+    :param seed: Seed of environments and of the spaces that actions and observations are drawn from.
+    """
+    env = model.env
+    assert env is not None and model._cost_tracker is not None
+    # Only the spaces of environments in this process are the environments' own, those of others are copies
+    own_spaces = [*env.get_attr("action_space"), *env.get_attr("observation_space")]
+    for offset, space in enumerate([*own_spaces, env.action_space, model.action_space, model.observation_space]):
+        space.seed(seed + offset)
+    env.seed(seed)
+    model._last_obs = env.reset()  # type: ignore[assignment]
+    model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
+    if model._vec_normalize_env is not None:
+        model._last_original_obs = model._vec_normalize_env.get_original_obs()
+    if model.action_noise is not None:
+        model.action_noise.reset()
+    model._cost_tracker.start_episodes(model.n_envs)
+
+
+def _original_observation(model: ALGD) -> Any:
+    """The newest observation, as the environment gave it."""
+    return model._last_obs if model._vec_normalize_env is None else model._vec_normalize_env.get_original_obs()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+    return np.array_equal(a, b)
+
+
+def _rows(buffer: _CostStorage) -> dict[tuple[str, ...], np.ndarray]:
+    """All arrays with one row per stored step, by the names that lead to them."""
+    named: dict[tuple[str, ...], Any] = {(name,): value for name, value in vars(buffer).items()}
+    for name, value in vars(buffer).items():
+        if isinstance(value, dict):
+            named.update({(name, key): item for key, item in value.items()})
+    shape = (buffer.buffer_size, buffer.n_envs)
+    return {path: array for path, array in named.items() if isinstance(array, np.ndarray) and array.shape[:2] == shape}
+
+
+def _buffer_state(buffer: _CostStorage) -> dict[str, Any]:
+    """What changes in a buffer beside the rows that are added: counters, and the arrays that change in older rows too."""
+    rows = _rows(buffer)
+    numbers = {
+        name: value
+        for name, value in vars(buffer).items()
+        if isinstance(value, (bool, int, np.ndarray)) and (name,) not in rows
+    }
+    return {"numbers": numbers, "rewritten": {name: rows[(name,)][: buffer.size()] for name in buffer.rewritten_rows}}
+
+
+def _load_buffer(buffer: _CostStorage, state: dict[str, Any], files: list[Path]) -> None:
+    """Fill a new buffer."""
+    arrays = _rows(buffer)
+    for path in files:
+        with path.open("rb") as file:
+            rows, stored = pickle.load(file)
+        for key, array in stored.items():
+            arrays[key][rows] = array
+    vars(buffer).update(state["numbers"])
+    for name, array in state["rewritten"].items():
+        arrays[(name,)][: len(array)] = array
+
+
+def _saved(model: ALGD) -> bytes:
+    """What ``model.save()`` stores. In memory first: PyTorch hides a full disk behind errors of its own."""
+    file = io.BytesIO()
+    model.save(file)
+    return file.getvalue()
+
+
+def _write_durably(path: Path, writer: Callable[[IO[bytes]], Any]) -> None:
+    with path.open("wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename survive a power failure, where the system can."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _as_list(callback: MaybeCallback) -> list[BaseCallback]:
+    if callback is None:
+        return []
+    if isinstance(callback, list):
+        return list(callback)
+    return [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
+
+
+def _callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback and those inside it; lists of callbacks have nothing to remember."""
+    if not isinstance(callback, CallbackList):
+        yield callback
+    for name, value in vars(callback).items():
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, BaseCallback) and name != "parent":
+                yield from _callbacks_in(child)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is data: numbers, texts, arrays, and collections of these."""
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple, deque)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str, np.generic, np.ndarray))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The plain ones among some values, copied."""
+    return {name: pickle.loads(pickle.dumps(value)) for name, value in values.items() if _is_plain(value)}
+
+
+def _plain_attributes(callback: BaseCallback) -> dict[str, Any]:
+    # locals and globals belong to the running learn()
+    return _plain({name: value for name, value in vars(callback).items() if name not in ("locals", "globals")})

@@ -1,0 +1,199 @@
+"""What keeps a long run from going wrong silently."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+
+from sb3_algd import ALGD, evaluate_policy
+from sb3_algd.guards import NormalizationBackup, check_finite
+from tests.test_algd import BrokenEnv, CostlyEnv, make_env, make_model, same, weights
+
+
+class NotFiniteEnv(CostlyEnv):
+    """
+    Something that is not finite comes up.
+
+    :param step: At which step of the environment's life, 0 for the first observation.
+    :param what: ``"observation"``, of the step or of the episode that begins after it, or ``"reward"``
+    """
+
+    def __init__(self, step: int, what: str = "observation", terminated: bool = False) -> None:
+        super().__init__()
+        self.bad_step, self.what, self.terminated = step, what, terminated
+        self.steps = 0
+
+    def reset(self, **kwargs: Any) -> Any:
+        obs, info = super().reset(**kwargs)
+        return (obs * np.nan if self.terminated and self.steps == self.bad_step else obs), info
+
+    def step(self, action: np.ndarray) -> Any:
+        obs, reward, _, truncated, info = super().step(action)
+        self.steps += 1
+        if self.steps == self.bad_step and not self.terminated:
+            obs, reward = (obs * np.inf, reward) if self.what == "observation" else (obs, np.nan)
+        return obs, reward, self.terminated and self.steps == self.bad_step, truncated, info
+
+
+@pytest.mark.parametrize("step", [0, 25])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_first_observation_that_is_not_finite_never_reaches_the_policy(
+    monkeypatch: pytest.MonkeyPatch, normalize: bool, step: int
+) -> None:
+    env: Any = make_vec_env(lambda: NotFiniteEnv(step, terminated=True), n_envs=1)
+    model = make_model(VecNormalize(env) if normalize else env)
+    seen: list[np.ndarray] = []
+
+    def watched(obs: np.ndarray, **kwargs: Any) -> Any:
+        seen.append(obs)
+        return predict(obs, **kwargs)
+
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", watched)
+    with pytest.raises(ValueError, match="non-finite observation"):
+        model.learn(60)
+    assert model.num_timesteps == step
+    assert all(np.isfinite(obs).all() for obs in seen)
+    # The episode after the next reset is a sound one, and training goes on
+    env.set_attr("bad_step", -1)
+    env.envs[0].unwrapped.bad_step = -1
+    model.learn(30, reset_num_timesteps=False)
+    assert model.num_timesteps == step + 30
+
+
+@pytest.mark.parametrize("what", ["observation", "reward"])
+def test_normalisation_survives_what_is_not_finite(what: str) -> None:
+    env = VecNormalize(make_vec_env(lambda: NotFiniteEnv(25, what), n_envs=1))
+    sound = VecNormalize(make_vec_env(CostlyEnv, n_envs=1))
+    with pytest.raises(ValueError, match=f"non-finite {what}"):
+        make_model(env, learning_starts=1000).learn(60)
+    make_model(sound, learning_starts=1000).learn(24)
+    assert isinstance(env.obs_rms, RunningMeanStd) and isinstance(sound.obs_rms, RunningMeanStd)
+    # As it was after the last sound step
+    np.testing.assert_array_equal(env.obs_rms.mean, sound.obs_rms.mean)
+    np.testing.assert_array_equal(env.obs_rms.var, sound.obs_rms.var)
+    assert (env.ret_rms.mean, env.ret_rms.var, env.ret_rms.count) == (
+        sound.ret_rms.mean,
+        sound.ret_rms.var,
+        sound.ret_rms.count,
+    )
+
+
+def test_normalisation_of_dictionaries_is_kept_too() -> None:
+    class DictEnv(CostlyEnv):
+        observation_space = gym.spaces.Dict(a=CostlyEnv.observation_space)
+
+        def reset(self, **kwargs: Any) -> Any:
+            obs, info = super().reset(**kwargs)
+            return {"a": obs}, info
+
+    env = VecNormalize(DummyVecEnv([DictEnv]))
+    env.reset()
+    backup = NormalizationBackup(env)
+    assert isinstance(env.obs_rms, dict)
+    before = env.obs_rms["a"].mean.copy()
+    env.obs_rms["a"].update(np.full((1, 3), np.nan))
+    assert np.isnan(env.obs_rms["a"].mean).all()
+    backup.restore()
+    np.testing.assert_array_equal(env.obs_rms["a"].mean, before)
+
+
+def test_the_key_of_a_dictionary_is_named() -> None:
+    check_finite("observation", {"a": np.zeros(2), "b": np.ones(2, dtype=np.uint8)})
+    with pytest.raises(ValueError, match=r"non-finite observation 'b': \[nan\]"):
+        check_finite("observation", {"a": np.zeros(2), "b": np.array([np.nan])})
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 8)
+    model = make_model().learn(36)
+    assert model._n_updates == 16
+    # The copy is made before the 17th update
+    sound = weights(model)
+    moments = {key: value["exp_avg"].clone() for key, value in model.critic.optimizer.state_dict()["state"].items()}
+    model.learn(3, reset_num_timesteps=False)
+    with th.no_grad():
+        next(model.cost_critic.parameters()).fill_(th.inf)
+    with pytest.raises(
+        FloatingPointError, match=r"cost_critic_loss became.*at update 20 \(step 40\).*after update 16 and can be"
+    ):
+        model.learn(10, reset_num_timesteps=False)
+    assert same(weights(model), sound) and model._n_updates == 16
+    for key, value in model.critic.optimizer.state_dict()["state"].items():
+        assert th.equal(value["exp_avg"], moments[key])
+    model.save(tmp_path / "model")
+    ALGD.load(tmp_path / "model", env=make_env()).learn(25)
+
+
+def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 1)
+    model = make_model().learn(25)
+    with th.no_grad():
+        next(model.actor.parameters()).fill_(th.nan)
+    with pytest.raises(FloatingPointError, match="set back to what it was after update 4"):
+        model.train(1, 16)
+    assert all(th.isfinite(value).all() for value in weights(model).values())
+
+
+# --- environments ----------------------------------------------------------------------------------------------------
+
+
+def test_a_six_tuple_environment_in_a_process_of_its_own_gives_the_advice() -> None:
+    env = SubprocVecEnv([lambda: gym.wrappers.TimeLimit(BrokenEnv("six"), 1000)], start_method="fork")
+    with pytest.raises(RuntimeError, match=r"SubprocVecEnv\) died; its own error is printed.*sb3_algd.envs.SixTupleEnv"):
+        make_model(env).learn(40)
+
+
+def limited_env(cost_limit: float, steps: int = 20) -> gym.Env:
+    env = make_env(steps=steps)
+    env.unwrapped.cost_limit = cost_limit  # type: ignore[attr-defined]
+    return env
+
+
+def test_another_declared_constraint_is_noticed(tmp_path: Path) -> None:
+    model = make_model(limited_env(7.0), cost_limit=None)
+    model.save(tmp_path / "model")
+
+    with pytest.warns(
+        UserWarning, match=r"declares cost_limit = \[9.0\], but the model keeps its own, \[7.0\].*cost_limit=9.0"
+    ) as record:
+        loaded = ALGD.load(tmp_path / "model", env=limited_env(9.0))
+    assert len(record) == 1 and record[0].filename == __file__
+    assert np.asarray(loaded.cost_limit).tolist() == [7.0]
+    with pytest.warns(UserWarning, match=r"declares episode_length = \[30\], but the model keeps its own, \[20\]") as record:
+        model.set_env(limited_env(7.0, steps=30))
+    assert len(record) == 1 and record[0].filename == __file__
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_env(limited_env(7.0, steps=30))  # has been said
+        ALGD.load(tmp_path / "model", env=limited_env(7.0))
+        ALGD.load(tmp_path / "model")
+        # What is given counts, and needs no warning
+        loaded = ALGD.load(tmp_path / "model", env=limited_env(9.0, steps=30), cost_limit=8.0, episode_length=30)
+        assert np.asarray(loaded.cost_limit).tolist() == [8.0] and loaded.episode_length == 30
+        # A limit of one's own stays one's own
+        make_model(limited_env(7.0), cost_limit=5.0).save(tmp_path / "own")
+        ALGD.load(tmp_path / "own", env=limited_env(7.0))
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    with pytest.warns(UserWarning, match="a limit of 25 per episode") as record:
+        make_model(cost_limit=None)
+    assert record[0].filename == make_model.__code__.co_filename
+    with pytest.warns(UserWarning, match="never binds") as record:
+        model = make_model("Pendulum-v1", learning_starts=1000).learn(10)
+    assert record[0].filename == __file__
+    with pytest.warns(UserWarning, match="reported no cost") as record:
+        evaluate_policy(model, gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 2), n_eval_episodes=1)
+    assert [warning.filename for warning in record if "no cost" in str(warning.message)] == [__file__]
