@@ -14,6 +14,7 @@ An experiment is an algorithm with other arguments and a name of its own:
 import argparse
 import contextlib
 import fcntl
+import inspect
 import multiprocessing
 import os
 import signal
@@ -203,6 +204,21 @@ def declared_limit(task: str, kwargs: dict[str, Any]) -> float | None:
     return None if limit is None else float(np.asarray(limit).item())
 
 
+def defaults_in_force(algorithm: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param algorithm: A key of ``ALGORITHMS``.
+    :param kwargs: Its arguments.
+    :return: The arguments that are left to their defaults, which may change from version to version.
+    """
+    parameters = inspect.signature(ALGORITHMS[algorithm][0].__init__).parameters.values()
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if isinstance(parameter.default, (bool, int, float, str))
+        and parameter.name not in (*kwargs, "verbose", "device", "_init_setup_model")
+    }
+
+
 def prepare_folder(folder: Path, settings: Settings) -> None:
     """
     Write down what the runs in a folder have in common; runs with other settings must not be mixed with them.
@@ -211,7 +227,11 @@ def prepare_folder(folder: Path, settings: Settings) -> None:
     :param settings: The settings of the runs.
     """
     path = folder / "settings.yaml"
-    described = {**vars(settings), "cost_limit": declared_limit(settings.task, settings.kwargs)}
+    described = {
+        **vars(settings),
+        "defaults": defaults_in_force(settings.algorithm, settings.kwargs),
+        "cost_limit": declared_limit(settings.task, settings.kwargs),
+    }
     if path.exists():
         stored = yaml.safe_load(path.read_text())
         differing = [key for key in described if stored.get(key) != described[key] and key != "device"]

@@ -59,6 +59,10 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
     assert settings["cost_limit"] == 25.0
     assert settings["kwargs"] == {"policy_kwargs": {"diffusion": "ve", "net_arch": [8]}, "batch_size": 8}
 
+    # A default that changes later would otherwise go unnoticed
+    assert settings["defaults"]["rho"] == 1.0
+    assert "batch_size" not in settings["defaults"]
+
     # Only the seed that is new is done
     output = call(tmp_path, *arguments[:4], *arguments[4:])
     assert "0 to do" in output
