@@ -632,6 +632,9 @@ class ALGD(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         environments_reset = reset_num_timesteps or self._last_obs is None
+        if environments_reset and self.replay_buffer is not None:
+            # Or n-step sums would run on into the episodes that start now
+            self.replay_buffer.end_episodes()
         if self._cost_tracker is None or reset_num_timesteps:
             self._cost_tracker = EpisodeCostTracker(self.n_envs, self.n_constraints, self.cost_gamma, self._stats_window_size)
         elif environments_reset:

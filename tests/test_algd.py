@@ -250,6 +250,21 @@ def test_targets_follow_every_second_update_counted_over_the_whole_run() -> None
     assert not any(th.equal(a, b) for a, b in zip(targets, model.critic_target.parameters(), strict=True))
 
 
+def test_n_step_sums_stop_where_a_new_learn_resets_the_environment() -> None:
+    model = make_model(n_steps=3, gamma=0.5, cost_gamma=0.5, learning_starts=100)
+    model.learn(5).learn(5)
+    buffer = model.replay_buffer
+    assert isinstance(buffer, CostNStepReplayBuffer)
+    rewards, costs = buffer.rewards[:, 0], buffer.costs[:, 0, 0]
+    samples = buffer._get_samples(np.array([2, 3, 4, 5]))
+    for values, sums in ((rewards, samples.rewards), (costs, samples.costs)):
+        expected = [values[2] + values[3] / 2 + values[4] / 4, values[3] + values[4] / 2, values[4]]
+        np.testing.assert_allclose(sums[:3, 0], expected, rtol=1e-5)
+        np.testing.assert_allclose(sums[3, 0], values[5] + values[6] / 2 + values[7] / 4, rtol=1e-5)
+    # The end is that of a time limit: the critics look beyond it
+    assert samples.dones.sum() == 0
+
+
 def test_each_optimizer_follows_its_own_schedule() -> None:
     model = make_model(
         learning_rate=1e-3,
