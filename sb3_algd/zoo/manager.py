@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -24,6 +25,8 @@ from sb3_algd.zoo.tuning import BROKEN_OFF, TrialCostEvalCallback, best_feasible
 
 #: Column of monitor.csv, from the wrapper of that name
 EPISODE_COST = "episode_cost"
+#: How long another worker may take to make the tables of a new database
+TABLES_SECONDS = 5
 #: Schedules besides the Zoo's own ``learning_rate``, as ``lin_3e-4`` in a configuration
 SCHEDULES = ("policy_learning_rate", "cost_critic_learning_rate", "multiplier_learning_rate")
 
@@ -35,14 +38,14 @@ class CostExperimentManager(ExperimentManager):
     :param args: The options of the command line
     :param algo: Name of the algorithm
     :param rest: See the Zoo's
-    :param config: File of hyperparameters
-    :param kwargs: See the Zoo's
+    :param kwargs: See the Zoo's; ``config`` is the file of hyperparameters, ours for ALGD if None
     """
 
-    def __init__(self, args: argparse.Namespace, algo: str, *rest: Any, config: str | None = None, **kwargs: Any) -> None:
-        if config is None and algo == ALGO:
-            config = str(CONFIG_FILE)
-        super().__init__(args, algo, *rest, config=config, **kwargs)
+    def __init__(self, args: argparse.Namespace, algo: str, *rest: Any, **kwargs: Any) -> None:
+        if algo == ALGO and kwargs.get("config") is None:
+            kwargs["config"] = str(CONFIG_FILE)
+        super().__init__(args, algo, *rest, **kwargs)
+        self._costs_reported = False
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """:return: Hyperparameters, and those that are saved with the run"""
@@ -64,7 +67,7 @@ class CostExperimentManager(ExperimentManager):
         wrapper = WrapperSpec("EpisodeCost", "sb3_algd.envs.wrappers:EpisodeCost", {"cost_key": cost_key})
         others = tuple(present for present in spec.additional_wrappers if present.name != wrapper.name)
         gym.registry[spec.id] = dataclasses.replace(spec, additional_wrappers=(*others, wrapper))
-        self.costs_reported = True
+        self._costs_reported = True
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """
@@ -74,7 +77,7 @@ class CostExperimentManager(ExperimentManager):
         :return: The environments, whose monitor.csv has a column of costs
         """
         keywords = tuple(self.monitor_kwargs.get("info_keywords", ()))
-        if EPISODE_COST not in keywords and getattr(self, "costs_reported", False):
+        if EPISODE_COST not in keywords and self._costs_reported:
             self.monitor_kwargs = {**self.monitor_kwargs, "info_keywords": (*keywords, EPISODE_COST)}
         return super().create_envs(n_envs, eval_env, no_log)
 
@@ -145,7 +148,12 @@ class CostExperimentManager(ExperimentManager):
         self._sampler_of_algo = HYPERPARAMS_SAMPLER[ALGO]
 
         def create_and_keep(*args: Any, **kwargs: Any) -> optuna.Study:
-            studies.append(create_study(*args, **kwargs))
+            try:
+                studies.append(create_study(*args, **kwargs))
+            except (IntegrityError, ProgrammingError):
+                # Of workers that start at once on an empty PostgreSQL database only one can make Optuna 5.0's tables
+                time.sleep(TABLES_SECONDS)
+                studies.append(create_study(*args, **kwargs))
             return studies[-1]
 
         with (

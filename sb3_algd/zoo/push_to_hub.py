@@ -4,6 +4,7 @@ The Zoo's ``push_to_hub``: evaluate a trained agent and upload it to the Hugging
     python -m sb3_algd.zoo.push_to_hub --env Safexp-PointButton1-v0 -f logs -orga my_organization
 """
 
+import importlib
 import json
 import runpy
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import huggingface_hub.repocard
-import huggingface_sb3.push_to_hub as hub
+import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.algd import ALGD
@@ -19,6 +20,9 @@ from sb3_algd.evaluation import evaluate_policy
 from sb3_algd.recorder import cost_discount
 from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import agents_to_show, default_option
+
+# Not by an import statement, which finds the function of that name
+hub = importlib.import_module("huggingface_sb3.push_to_hub")
 
 
 def _generate_metadata(*args: Any) -> dict[str, Any]:
@@ -34,10 +38,9 @@ def _add_costs(folder: Path, costs: dict[str, Any]) -> None:
 
 
 def _describe(costs: dict[str, Any]) -> str:
-    return (
-        f"Evaluated over {costs['n_eval_episodes']} episodes: cost {costs['mean_cost']} +/- {costs['std_cost']} per episode, "
-        f"limit {costs['cost_limit']}{' (discounted sums)' if costs['cost_limit_discounted'] else ''}.\n"
-    )
+    mean, std, limit = (", ".join(f"{x:.2f}" for x in costs[key]) for key in ("mean_cost", "std_cost", "cost_limit"))
+    unit = " (discounted sums)" if costs["cost_limit_discounted"] else ""
+    return f"Evaluated over {costs['n_eval_episodes']} episodes: cost {mean} +/- {std} per episode, limit {limit}{unit}.\n"
 
 
 def push_to_hub() -> None:
@@ -51,14 +54,13 @@ def push_to_hub() -> None:
     ) -> tuple[float, float]:
         rewards: tuple[float, float] = evaluate_agent(model, eval_env, n_eval_episodes, is_deterministic, local_path)
         if isinstance(model, ALGD):
-            _, _, mean_cost, std_cost = evaluate_policy(
-                model, eval_env, n_eval_episodes, is_deterministic, cost_gamma=cost_discount(model)
-            )
+            _, _, *costs = evaluate_policy(model, eval_env, n_eval_episodes, is_deterministic, cost_gamma=cost_discount(model))
+            mean_cost, std_cost = (np.atleast_1d(cost).tolist() for cost in costs)
             evaluated.update(
                 n_eval_episodes=n_eval_episodes,
-                mean_cost=mean_cost if isinstance(mean_cost, float) else mean_cost.tolist(),
-                std_cost=std_cost if isinstance(std_cost, float) else std_cost.tolist(),
-                cost_limit=model.cost_limit.tolist(),
+                mean_cost=mean_cost,
+                std_cost=std_cost,
+                cost_limit=np.asarray(model.cost_limit).tolist(),
                 cost_limit_discounted=model.cost_limit_discounted,
             )
             _add_costs(local_path, evaluated)

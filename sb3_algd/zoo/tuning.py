@@ -91,9 +91,15 @@ def best_feasible_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def as_options(params: dict[str, Any]) -> str:
-    """:param params: Sampled parameters. :return: They as options of the Zoo's ``train``."""
+    """:param params: Sampled parameters. :return: They as options of the Zoo's ``train``, to four digits."""
     arguments = convert_algd_params(params)
-    return "-params " + " ".join(shlex.quote(f"{name}:{value!r}") for name, value in sorted(arguments.items()))
+    words = [f"{name}:{_literal(value)}" for name, value in sorted(arguments.items())]
+    # There is nothing in them that a shell would see inside double quotes
+    return "-params " + " ".join(word if shlex.quote(word) == word else f'"{word}"' for word in words)
+
+
+def _literal(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def write_report(study: optuna.Study, path: Path, title: str) -> FrozenTrial | None:
@@ -128,7 +134,7 @@ def _describe(trials: list[FrozenTrial], best: FrozenTrial | None, title: str) -
         if better:
             numbers = ", ".join(str(trial.number) for trial in better)
             lines += [f"Its return was exceeded outside the limit only, by {len(better)} trial(s): {numbers}."]
-        lines += ["", "Train with its parameters:", "", "```bash", f"--algo algd {as_options(best.params)}", "```"]
+        lines += ["", "Options of `train` with its parameters:", "", "```bash", as_options(best.params), "```"]
     else:
         lines += ["", "**No complete trial kept the limit.**"]
         if unsafe:
@@ -138,7 +144,8 @@ def _describe(trials: list[FrozenTrial], best: FrozenTrial | None, title: str) -
                 f"cost {_number(closest.user_attrs['cost'])}."
             )
         lines += ["Train longer (`-n`), or run more trials."]
-    lines += ["", "| trial | state | return | cost | within the limit |", "| --- | --- | --- | --- | --- |"]
+    lines += ["", "Return and cost are means of the last evaluation.", ""]
+    lines += ["| trial | state | return | cost | within the limit |", "| --- | --- | --- | --- | --- |"]
 
     def rank(trial: FrozenTrial) -> tuple[bool, bool, float]:
         complete = trial.state == TrialState.COMPLETE
