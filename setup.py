@@ -49,12 +49,15 @@ setup(
             # With Trial.set_constraint
             "optuna>=5.0",
             # rl_zoo3 imports these without declaring them: requests in enjoy, pandas in the report of an optimisation,
-            # the other three in its plots.
+            # the next three in its plots, tensorboard for -tb and --track.
             "requests",
             "pandas",
             "seaborn",
             "scipy",
-            "matplotlib",
+            "matplotlib>=3.8",
+            "tensorboard>=2.9.1",
+            # The window in which Gymnasium shows what enjoy plays
+            "pygame>=2.1.3",
         ],
         "tests": [
             "pytest>=8",
