@@ -181,13 +181,14 @@ def test_every_task_has_an_entry_that_fits() -> None:
     assert set(config) == {"default", *(entry.id for entry in entries())}
 
 
-def test_trained_agents_load_and_are_small() -> None:
-    agents = list(TRAINED_AGENTS.glob("algd/*/*.zip"))
-    assert agents
-    for path in agents:
-        assert path.stat().st_size < 500_000
-        env = gym.make(path.stem) if path.stem == ENV else None
-        ALGDToShow.load(path, env=env, device="cpu")
+def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> None:
+    (agent,) = TRAINED_AGENTS.glob("algd/*/*.zip")
+    assert agent.stat().st_size < 500_000
+    out = run("enjoy", "--env", agent.stem, "-n", 200, "--no-render", "--device", "cpu", cwd=tmp_path)
+    assert f"Loading {agent}" in out
+    assert "limit 25: the limit holds" in out
+    run("record_video", "--env", agent.stem, "-n", 5, cwd=tmp_path)
+    assert list((tmp_path / "videos").glob("*.mp4"))
 
 
 def test_commands_are_told_and_checked(argv: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,3 +230,17 @@ def test_episode_costs_are_summed_up() -> None:
         env.reset(seed=0)
         infos = [env.step(np.array([0.5, 0.0]))[-1] for _ in range(4)]
         assert [info["episode_cost"] for info in infos] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_tiny_task_draws_what_was_done() -> None:
+    env = gym.make(ENV, render_mode="rgb_array")
+    env.reset(seed=0)
+    pictures = []
+    for push in (0.5, -0.5, 1.0):
+        env.step(np.array([push, 0.0]))
+        pictures.append(np.asarray(env.render()))
+    blue, red = (0, 114, 178), (178, 24, 43)
+    middle = pictures[0].shape[1] // 2
+    for picture, side, color in zip(pictures, (1, -1, 1), (blue, blue, red), strict=True):
+        assert tuple(picture[45, middle + 20 * side]) == color
+        assert tuple(picture[45, middle - 20 * side]) == (255, 255, 255)
