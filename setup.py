@@ -7,6 +7,8 @@ ROOT = Path(__file__).parent
 # Read, not imported: nothing that the package needs is installed yet
 INIT = (ROOT / "sb3_algd" / "__init__.py").read_text(encoding="utf-8")
 (VERSION,) = re.findall(r'^__version__ = "(.+)"', INIT, re.MULTILINE)
+# Package: folder. Both are data of sb3_algd.zoo
+DATA = {"sb3_algd.zoo.zoo_configs": "zoo_configs", "sb3_algd.zoo.trained_agents": "trained_agents"}
 
 setup(
     name="sb3_algd",
@@ -18,8 +20,11 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     keywords="safe-reinforcement-learning constrained diffusion-policy stable-baselines3 gymnasium pytorch",
-    packages=find_packages(include=["sb3_algd", "sb3_algd.*"]),
-    package_data={"sb3_algd": ["py.typed"]},
+    packages=[*find_packages(include=["sb3_algd", "sb3_algd.*"]), *DATA],
+    # What users want to find and edit is at the top of the repository; installed, it is part of the package
+    package_dir=DATA,
+    package_data={"sb3_algd": ["py.typed"], **{package: ["**/*"] for package in DATA}},
+    entry_points={"console_scripts": ["sb3-algd = sb3_algd.zoo.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "stable-baselines3>=2.9,<3",
@@ -41,14 +46,18 @@ setup(
         ],
         "zoo": [
             "rl_zoo3>=2.9,<3",
-            "optuna>=4.0",
+            # With Trial.set_constraint
+            "optuna>=5.0",
             # rl_zoo3 imports these without declaring them: requests in enjoy, pandas in the report of an optimisation,
-            # the other three in its plots.
+            # the next three in its plots, tensorboard for -tb and --track.
             "requests",
             "pandas",
             "seaborn",
             "scipy",
-            "matplotlib",
+            "matplotlib>=3.8",
+            "tensorboard>=2.9.1",
+            # The window in which Gymnasium shows what enjoy plays
+            "pygame>=2.1.3",
         ],
         "tests": [
             "pytest>=8",

@@ -65,7 +65,7 @@ def plot_learning_curves(
     Draw return and cost of the episodes with stochastic actions against environment steps.
 
     With several seeds each is a thin line and their mean a thick one; a single curve has a band of one standard deviation
-    over its episodes, and the deterministic episode as a dotted line.
+    over its episodes, and the deterministic episode as a dotted line where it was measured.
 
     :param curves: For each label the curves of its seeds.
     :param path: The picture to write; its ending chooses the format.
@@ -110,9 +110,12 @@ def _colors(n: int) -> list[str]:
 
 def _draw_one(axes: "Axes", curve: Curve, quantity: str, color: str) -> None:
     steps, mean, std = curve["step"], curve[f"{quantity}_mean"], curve[f"{quantity}_std"]
-    axes.plot(steps, mean, color=color, linewidth=2, label="stochastic actions (mean and standard deviation)")
+    both = f"{quantity}_det" in curve
+    name = "stochastic actions" if both else "episodes"
+    axes.plot(steps, mean, color=color, linewidth=2, label=f"{name} (mean and standard deviation)")
     axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
-    axes.plot(steps, curve[f"{quantity}_det"], color=INK, linewidth=1.2, linestyle=":", label="deterministic actions")
+    if both:
+        axes.plot(steps, curve[f"{quantity}_det"], color=INK, linewidth=1.2, linestyle=":", label="deterministic actions")
 
 
 def _draw_seeds(axes: "Axes", curves: Sequence[Curve], quantity: str, color: str, label: str) -> None:

@@ -27,18 +27,19 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
     Episodes end by the registered time limit of 100 steps only.
 
     :param cost_limit: Cost d allowed per episode of 100 steps, 25 for pushes of 0.5.
-    :param render_mode: Not supported, None.
+    :param render_mode: ``"rgb_array"`` or None.
     """
 
-    # SB3 asks every environment that it makes from an id for pictures
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     cost_limit_discounted = False
 
-    def __init__(self, cost_limit: float = 25.0, render_mode: None = None) -> None:
+    def __init__(self, cost_limit: float = 25.0, render_mode: str | None = None) -> None:
         self.cost_limit = cost_limit
         self.render_mode = render_mode
         self.observation_space = spaces.Box(-0.5, 0.5, shape=(1,), dtype=np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
+        self._action = np.zeros(2)
+        self._shown = 0.0
 
     @property
     def optimal_return(self) -> float:
@@ -63,7 +64,10 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
         :return: First target, shape (1,), and an empty info
         """
         super().reset(seed=seed)
-        return self._observe(), {}
+        self._action = np.zeros(2)
+        observation = self._observe()
+        self._shown = float(observation[0])
+        return observation, {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """
@@ -74,4 +78,31 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
         """
         push, track = np.clip(action, -1.0, 1.0)
         reward = float(abs(push) - (track - self._target[0]) ** 2)
+        self._action, self._shown = np.array([push, track]), float(self._target[0])
         return self._observe(), reward, False, False, {"cost": float(push**2)}
+
+    def render(self) -> np.ndarray | None:
+        """
+        Draw the last step: above, the push as a bar between the two best ones (dark lines); below, the target (a line) and
+        where the tracker was (a square). A bar beyond the dark lines, in red, costs more than the limit allows on average.
+
+        :return: Image of shape (height, width, 3), None without ``render_mode="rgb_array"``
+        """
+        if self.render_mode != "rgb_array":
+            return None
+        height, width = 160, 320
+
+        def column(x: float) -> int:
+            return round((width - 1) * (x + 1.1) / 2.2)
+
+        picture = np.full((height, width, 3), 255, dtype=np.uint8)
+        push, track = self._action
+        too_hard = abs(push) > 1.05 * self.optimal_push
+        left, right = sorted((column(0.0), column(push)))
+        picture[30:60, left : right + 1] = (178, 24, 43) if too_hard else (0, 114, 178)
+        for x in (-self.optimal_push, self.optimal_push):
+            picture[20:70, column(x) - 1 : column(x) + 2] = 51
+        picture[20:70, column(0.0)] = 153
+        picture[100:140, column(self._shown) - 1 : column(self._shown) + 2] = 51
+        picture[113:127, column(track) - 7 : column(track) + 8] = (230, 159, 0)
+        return picture

@@ -150,6 +150,42 @@ class CostFromCallable(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return obs, reward, terminated, truncated, info
 
 
+class EpisodeCost(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """
+    Keeps the cost of the episode so far in ``info["episode_cost"]``, where SB3's ``Monitor`` finds it at the end:
+    ``Monitor(EpisodeCost(env), "monitor.csv", info_keywords=("episode_cost",))``.
+
+    :param env: The environment.
+    :param cost_key: Key of ``info`` that holds the cost of a step; a missing one counts as 0.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], cost_key: str = "cost") -> None:
+        RecordConstructorArgs.__init__(self, cost_key=cost_key)
+        super().__init__(env)
+        self.cost_key = cost_key
+        self._cost = np.zeros(())
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """
+        :param seed: Passed on.
+        :param options: Passed on.
+        :return: The first observation and info.
+        """
+        self._cost = np.zeros(())
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """
+        :param action: Passed on.
+        :return: As the environment, with ``info["episode_cost"]``: a number, or a list where there are several costs.
+        """
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self._cost = self._cost + as_cost(info.get(self.cost_key, 0.0))
+        # The Monitor writes it into a CSV file as it is; six digits, as of the return
+        info["episode_cost"] = np.round(self._cost, 6).tolist()
+        return obs, reward, terminated, truncated, info
+
+
 def as_cost(value: Any) -> float | np.ndarray:
     """
     :param value: A cost, a number or an array of any kind.

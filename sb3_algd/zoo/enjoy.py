@@ -1,0 +1,122 @@
+"""
+The Zoo's ``enjoy``: watch a trained agent, and see what it earns and what it costs.
+
+    python -m sb3_algd.zoo.enjoy --env Safexp-PointButton1-v0
+"""
+
+import os
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import rl_zoo3.enjoy
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from sb3_algd.algd import ALGD
+from sb3_algd.buffers import read_costs
+from sb3_algd.constraint import EpisodeCostTracker
+from sb3_algd.recorder import cost_discount
+from sb3_algd.zoo import ALGO
+from sb3_algd.zoo.commandline import ALGDToShow, default_option, default_to_trained_agents, show_missing_agent
+
+# More than anybody will watch
+MAX_EPISODES = 100_000
+
+
+class EpisodeCounter(VecEnvWrapper):
+    """
+    Counts return and cost of each episode that ends.
+
+    :param venv: The environments
+    """
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        #: Whose limit counts, to be set before the first step; without it nothing is counted
+        self.model: ALGD | None = None
+        self.returns: list[float] = []
+        self._tracker: EpisodeCostTracker | None = None
+
+    def reset(self) -> VecEnvObs:
+        """:return: First observations"""
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """:return: What the environments return"""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        if self.model is None:
+            return observations, rewards, dones, infos
+        if self._tracker is None:
+            self._tracker = EpisodeCostTracker(
+                self.num_envs, self.model.n_constraints, cost_discount(self.model), MAX_EPISODES
+            )
+        costs, _ = read_costs(infos, self.model.cost_key, self.model.n_constraints)
+        self._tracker.update(costs, dones)
+        # By a Monitor, so of the rewards before any normalisation
+        self.returns += [info["episode"]["r"] for info in infos if "episode" in info]
+        return observations, rewards, dones, infos
+
+    def report(self) -> str:
+        """:return: Return and cost, and whether the limit holds."""
+        if self.model is None or self._tracker is None or len(self.returns) == 0:
+            return "No episode ended: give more steps with -n to see return and cost of an episode."
+        costs = np.stack(self._tracker.discounted_costs)
+        limits = np.asarray(self.model.cost_limit)
+        lines = [
+            f"{len(costs)} episodes",
+            f"Return: {np.mean(self.returns):.2f} +/- {np.std(self.returns):.2f}",
+        ]
+        unit = " (discounted)" if self.model.cost_limit_discounted else ""
+        for i, limit in enumerate(limits):
+            mean, std = costs[:, i].mean(), costs[:, i].std()
+            name = f"Cost{unit}" if len(limits) == 1 else f"Cost {i}{unit}"
+            n_within = int(np.sum(costs[:, i] <= limit))
+            verdict = "the limit holds" if mean <= limit else "OVER the limit"
+            lines.append(
+                f"{name}: {mean:.2f} +/- {std:.2f}, limit {limit:g}: {verdict} (in {n_within} of {len(costs)} episodes)"
+            )
+        return "\n".join(lines)
+
+
+def enjoy() -> None:
+    """Run the Zoo's command with our default algorithm and agents, and report costs."""
+    counters: list[EpisodeCounter] = []
+    create_test_env = rl_zoo3.enjoy.create_test_env
+
+    def create_counted_env(*args: Any, **kwargs: Any) -> VecEnv:
+        counters.append(EpisodeCounter(create_test_env(*args, **kwargs)))
+        return counters[-1]
+
+    class CountedALGD(ALGDToShow):
+        """Tells the counter of the limit."""
+
+        @classmethod
+        def load(cls, *args: Any, **kwargs: Any) -> ALGD:  # type: ignore[override]
+            """:param args: Of ALGD's. :param kwargs: Of ALGD's. :return: The model"""
+            counters[-1].model = super().load(*args, **kwargs)
+            return counters[-1].model
+
+    default_option("--algo", ALGO)
+    default_to_trained_agents()
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        print("There is no display here, so nothing is drawn (--no-render). record_video leaves a video instead.")
+        sys.argv.append("--no-render")
+    with (
+        patch.object(rl_zoo3.enjoy, "create_test_env", create_counted_env),
+        patch.dict(rl_zoo3.ALGOS, {ALGO: CountedALGD}),
+    ):
+        try:
+            rl_zoo3.enjoy.enjoy()
+        except (AssertionError, ValueError) as error:
+            if counters:
+                raise
+            raise show_missing_agent(error) from error
+    # Other algorithms have no limit
+    if counters[-1].model is not None:
+        print(counters[-1].report())
+
+
+if __name__ == "__main__":
+    enjoy()

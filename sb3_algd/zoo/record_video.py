@@ -1,0 +1,37 @@
+"""
+The Zoo's ``record_video``: a video of a trained agent.
+
+    python -m sb3_algd.zoo.record_video --env Safexp-PointButton1-v0 -n 400
+"""
+
+import runpy
+
+from sb3_algd.zoo import ALGO
+from sb3_algd.zoo.commandline import (
+    agents_to_show,
+    default_option,
+    default_to_trained_agents,
+    folder_given,
+    show_missing_agent,
+)
+
+
+def record_video() -> None:
+    """Run the Zoo's command with our default algorithm and agents."""
+    default_option("--algo", ALGO)
+    if not folder_given():
+        # The Zoo's own default is the folder of the agent, here inside the installed package
+        default_option("-o", "videos")
+        default_to_trained_agents()
+    with agents_to_show():
+        try:
+            # rl_zoo3 2.9.2 has this command outside any function
+            runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+        except (AssertionError, ValueError) as error:
+            if "found" not in str(error):
+                raise
+            raise show_missing_agent(error) from error
+
+
+if __name__ == "__main__":
+    record_video()

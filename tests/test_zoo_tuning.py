@@ -1,0 +1,202 @@
+"""Tuning under the constraint."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rl_zoo3")
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from sb3_algd import ALGD
+from sb3_algd.evaluation import evaluate_policy
+from sb3_algd.recorder import make_envs
+from sb3_algd.zoo.hyperparams import convert_algd_params, sample_algd_params
+from sb3_algd.zoo.tuning import TrialCostEvalCallback, best_feasible_trial, is_feasible, pruning_value, write_report
+
+ENV = "TwoModes-v0"
+# As small as a trial can be; what is tuned overrides what it can
+OPTIONS = ["--env", ENV, "-n", "100", "-optimize", "--n-evaluations", "1", "--eval-episodes", "1", "--device", "cpu"]
+OPTIONS += ["--no-optim-plots", "-f", "logs", "-params", "learning_starts:90"]
+
+
+def finish(study: optuna.Study, returns: float, cost: float | None, pruned: bool = False) -> None:
+    """Add a trial as the callback leaves it, with a limit of 10."""
+    trial = study.ask()
+    sample_algd_params(trial, 1, 1, {"using_her_replay_buffer": False})
+    if cost is not None:
+        trial.set_constraint("cost", (cost - 10) / 10)
+        trial.set_user_attr("return", returns)
+        trial.set_user_attr("cost", [cost])
+        trial.set_user_attr("cost_limit", [10.0])
+    state = TrialState.PRUNED if pruned else TrialState.COMPLETE
+    study.tell(trial, None if pruned else returns, state=state)
+
+
+def test_an_unsafe_trial_with_a_higher_return_loses(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(0))
+    finish(study, 100.0, 50.0)
+    finish(study, 5.0, 9.0)
+    finish(study, 3.0, 0.0)
+    finish(study, 90.0, 11.0, pruned=True)
+    best = best_feasible_trial(study)
+    assert best is not None
+    assert best.number == study.best_trial.number == 1
+    write_report(study, tmp_path / "deep" / "report", "Title")
+    text = (tmp_path / "deep" / "report.md").read_text()
+    assert "Best trial: **1**" in text
+    assert "| 0 | complete | 100.00 | 50.00 | **no** |" in text
+    assert "exceeded outside the limit only, by 2 trial(s): 0, 3" in text
+    assert len((tmp_path / "deep" / "report.csv").read_text().splitlines()) == 5
+
+
+def test_the_report_is_written_when_no_trial_is_feasible(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(0))
+    finish(study, 100.0, 50.0)
+    finish(study, 5.0, 12.0)
+    assert write_report(study, tmp_path / "report", "Title") is None
+    text = (tmp_path / "report.md").read_text()
+    assert "No complete trial kept the limit" in text
+    assert "Closest came trial 1" in text
+
+
+@pytest.mark.parametrize("pruner", [optuna.pruners.MedianPruner(2, 0), optuna.pruners.SuccessiveHalvingPruner()])
+def test_pruning_never_favours_an_unsafe_trial(pruner: optuna.pruners.BasePruner) -> None:
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    for _ in range(6):
+        unsafe = study.ask()
+        unsafe.report(pruning_value(1000.0, 0.1), 1)
+        study.tell(unsafe, 1000.0)
+    safe = study.ask()
+    safe.report(pruning_value(-1000.0, 0.0), 1)
+    assert not safe.should_prune()
+    study.tell(safe, -1000.0)
+    for _ in range(6):
+        safer = study.ask()
+        safer.report(pruning_value(0.0, 0.0), 1)
+        study.tell(safer, 0.0)
+    unsafe = study.ask()
+    unsafe.report(pruning_value(1000.0, 0.1), 1)
+    assert unsafe.should_prune()
+
+
+def test_pruning_values_are_in_order() -> None:
+    values = [pruning_value(1e6, 2.0), pruning_value(-5.0, 0.5), pruning_value(-1e6, 0.0), pruning_value(3.0, 0.0)]
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("cost_limit", [0.0, 100.0])
+def test_a_trial_states_the_constraint_once(cost_limit: float) -> None:
+    study = optuna.create_study(direction="maximize")
+    trial = study.ask()
+    model = ALGD("DiffusionPolicy", ENV, cost_limit=cost_limit, learning_starts=1000, policy_kwargs=dict(net_arch=[8]))
+    callback = TrialCostEvalCallback(make_envs(ENV, seed=3), trial, n_eval_episodes=2, eval_freq=50)
+    model.learn(100, callback=callback)
+    expected = evaluate_policy(model, make_envs(ENV, seed=3), 2)
+    # Deterministic actions, but the targets differ from evaluation to evaluation
+    assert trial.user_attrs["cost"][0] == pytest.approx(expected[2], abs=5)
+    scale = cost_limit or 1.0
+    assert trial.constraints["cost"] == pytest.approx((trial.user_attrs["cost"][0] - cost_limit) / scale)
+    study.tell(trial, callback.last_mean_reward)
+    assert is_feasible(study.trials[0]) == (cost_limit == 100)
+    assert sorted(study.trials[0].intermediate_values) == [1, 2]
+
+
+def test_sampled_parameters_make_a_model() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    for her in (False, True):
+        trial = study.ask()
+        args: dict[str, Any] = {"using_her_replay_buffer": her, "her_kwargs": {}}
+        sampled = sample_algd_params(trial, 1, 1, args)
+        # --trial-id reads them back
+        assert convert_algd_params(trial.params) == sampled
+        her_kwargs = sampled.pop("replay_buffer_kwargs", {})
+        assert (len(her_kwargs) > 0) == her
+        model = ALGD("DiffusionPolicy", ENV, learning_starts=10, buffer_size=100, **sampled)
+        model.learn(12)
+
+
+@pytest.fixture
+def optimize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the command in this process."""
+    import rl_zoo3.train
+
+    from sb3_algd.zoo.train import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rl_zoo3.train, "ExperimentManager", rl_zoo3.train.ExperimentManager)
+
+    def run(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train", *OPTIONS, *options])
+        train()
+
+    return run
+
+
+def test_no_feasible_trial_ends_with_a_report(optimize: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    optimize("cost_limit:0.0", "policy_kwargs:dict(diffusion='ddpm')", "--n-trials", "2", "--optimization-log-path", "best")
+    assert "No trial kept the limit" in capsys.readouterr().out
+    (report,) = (tmp_path / "logs" / "algd").glob("tuning_*.md")
+    assert "2 complete" in report.read_text()
+    # What the configuration says of the policy stays
+    model = ALGD.load(next((tmp_path / "best").glob("trial_*/best_model.zip")))
+    assert model.actor.diffusion == "ddpm"
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("train/risk became [nan]"), RuntimeError("out of memory")])
+def test_a_trial_that_breaks_off_does_not_end_the_study(
+    error: Exception, optimize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(self: ALGD, gradient_steps: int, batch_size: int = 256) -> None:
+        raise error
+
+    monkeypatch.setattr(ALGD, "train", diverge)
+    optimize("cost_limit:1000.0", "--n-trials", "2")
+    (report,) = (tmp_path / "logs" / "algd").glob("tuning_*.md")
+    assert "2 pruned" in report.read_text()
+    assert report.read_text().count("broke off") == 2
+
+
+def test_two_workers_share_a_study(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sb3_algd.zoo.train", *OPTIONS, "cost_limit:1000.0", "--seed", "0"]
+    command += ["--storage", "study.log", "--study-name", "shared", "--max-total-trials", "4"]
+    workers = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    ]
+    outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
+    study = optuna.load_study(study_name="shared", storage=storage)
+    trials = study.trials
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    assert 4 <= len(trials) <= 5
+    assert all(len(trial.constraints) == 1 for trial in trials)
+    # The same seed does not make them try the same
+    assert len({trial.params["learning_rate"] for trial in trials}) == len(trials)
+    assert all(np.isfinite(trial.user_attrs["return"]) for trial in trials)
+    report = (tmp_path / "logs" / "algd" / f"tuning_{ENV}_shared.md").read_text()
+    assert "Best trial: **" in report
+
+
+def test_the_first_trial_can_be_loaded(tmp_path: Path) -> None:
+    from sb3_algd.zoo.manager import CostExperimentManager
+
+    path = str(tmp_path / "study.log")
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(path)), study_name="s", direction="maximize", load_if_exists=True
+    )
+    finish(study, 5.0, 9.0)
+    manager = CostExperimentManager(
+        SimpleNamespace(), "algd", ENV, str(tmp_path), storage=path, study_name="s", trial_id=0  # type: ignore[arg-type]
+    )
+    hyperparams, _ = manager.read_hyperparameters()
+    assert hyperparams["rho"] == study.trials[0].params["rho"]
+    assert "net_arch" in hyperparams["policy_kwargs"]
