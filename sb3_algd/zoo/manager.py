@@ -45,6 +45,9 @@ class CostExperimentManager(ExperimentManager):
         if algo == ALGO and kwargs.get("config") is None:
             kwargs["config"] = str(CONFIG_FILE)
         super().__init__(args, algo, *rest, **kwargs)
+        if algo == ALGO:
+            # The noise is part of a diffusion policy: without it an agent may be safe that is not safe as it acts in training
+            self.deterministic_eval = False
         self._costs_reported = False
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
