@@ -423,9 +423,9 @@ def test_each_constraint_is_logged_and_discounted_limits_in_their_unit(tmp_path:
 
 def test_the_limit_that_the_environment_declares_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     model = ALGD("DiffusionPolicy", "TwoModes-v0", verbose=1, gamma=0.9, cost_gamma=0.9)
-    assert cost_limits(model) == [25.0] and model.episode_length == 100 and not model.cost_limit_discounted
-    assert model.cost_budget[0] == pytest.approx(25 * (1 - 0.9**100) / 0.1 / 100)
-    assert "Cost limit per episode (plain sum): [25.0], horizon: 100 steps" in capsys.readouterr().out
+    assert cost_limits(model) == [64.0] and model.episode_length == 100 and not model.cost_limit_discounted
+    assert model.cost_budget[0] == pytest.approx(64 * (1 - 0.9**100) / 0.1 / 100)
+    assert "Cost limit per episode (plain sum): [64.0], horizon: 100 steps" in capsys.readouterr().out
     with pytest.raises(ValueError, match="2 value"):
         ALGD("DiffusionPolicy", "TwoModes-v0", cost_limit=[1.0, 2.0])
 

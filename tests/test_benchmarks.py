@@ -56,7 +56,7 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
     for text in curves.values():
         assert [line.split(",")[0] for line in text.splitlines()] == ["step", "20", "40"]
     settings = yaml.safe_load((folder / "settings.yaml").read_text())
-    assert settings["cost_limit"] == 25.0
+    assert settings["cost_limit"] == 64.0
     assert settings["kwargs"] == {"policy_kwargs": {"diffusion": "ve", "net_arch": [8]}, "batch_size": 8}
 
     # A default that changes later would otherwise go unnoticed

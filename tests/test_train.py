@@ -17,12 +17,12 @@ def test_it_leaves_model_curve_and_picture_and_prints_the_verdict(tmp_path: Path
     assert read_curve(folder / "learning_curve.csv")["step"].tolist() == [60, 120]
     assert ALGD.load(folder / "model").num_timesteps == 120
     output = capsys.readouterr().out
-    assert "limit 25" in output
+    assert "limit 64" in output
     stochastic, deterministic = (line for line in output.splitlines() if line.endswith("the limit"))
     for line, name in ((stochastic, "20 stochastic episodes"), (deterministic, "1 deterministic episode ")):
         assert line.startswith(name)
         cost = float(line.split("±")[1].split()[1])
-        assert line.endswith("within the limit" if cost <= 25 else "OVER the limit")
+        assert line.endswith("within the limit" if cost <= 64 else "OVER the limit")
 
 
 def test_a_second_run_keeps_the_first(tmp_path: Path) -> None:

@@ -26,14 +26,14 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
 
     Episodes end by the registered time limit of 100 steps only.
 
-    :param cost_limit: Cost d allowed per episode of 100 steps, 25 for pushes of 0.5.
+    :param cost_limit: Cost d allowed per episode of 100 steps, 64 for pushes of 0.8.
     :param render_mode: ``"rgb_array"`` or None.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     cost_limit_discounted = False
 
-    def __init__(self, cost_limit: float = 25.0, render_mode: str | None = None) -> None:
+    def __init__(self, cost_limit: float = 64.0, render_mode: str | None = None) -> None:
         self.cost_limit = cost_limit
         self.render_mode = render_mode
         self.observation_space = spaces.Box(-0.5, 0.5, shape=(1,), dtype=np.float32)
@@ -50,6 +50,21 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
     def optimal_push(self) -> float:
         """Size of the push of the best policy within the limit."""
         return min(float(np.sqrt(self.cost_limit / EPISODE_LENGTH)), 1.0)
+
+    def mode_shares(self, targets: np.ndarray, actions: np.ndarray, radius: float = 0.25) -> tuple[float, float]:
+        """
+        How often a policy lands at either of the two best actions.
+
+        :param targets: Observations, shape (n, 1).
+        :param actions: What the policy does there, shape (n, 2).
+        :param radius: How far from the best action still counts.
+        :return: Shares of the actions at the left and at the right mode; what is missing to 1 is at none.
+        """
+        track_error = actions[:, 1] - targets[:, 0]
+        left, right = (
+            np.hypot(actions[:, 0] - push, track_error) < radius for push in (-self.optimal_push, self.optimal_push)
+        )
+        return float(left.mean()), float(right.mean())
 
     def _observe(self) -> np.ndarray:
         self._target = self.np_random.uniform(-0.5, 0.5, size=1).astype(np.float32)
