@@ -5,8 +5,9 @@ updates recorded as CUDA graphs. docs/performance.md has the figures.
 
 import ctypes
 import os
+from collections import Counter
 from collections.abc import Callable, Hashable
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import torch as th
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Batch = TypeVar("Batch")
+Outputs = dict[str, th.Tensor]
 
 # glibc's names for mallopt(), and values that keep the temporaries of an update (tens of megabytes) in the process
 _M_TRIM_THRESHOLD, _TRIM_THRESHOLD = -1, 512 * 2**20
@@ -28,10 +30,10 @@ def keep_freed_memory() -> None:
     Let the C library keep up to 512 MiB of freed memory instead of returning it to the system at once.
 
     An update frees and allocates the same tens of megabytes again and again; glibc would unmap them each time, and touching
-    fresh pages then costs up to a third of an update. Does nothing where the C library is another one, or where the user
-    has set ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``.
+    fresh pages then costs up to a third of an update. Holds for the whole process. Does nothing where the C library is another
+    one, or where the user has set ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_`` or ``GLIBC_TUNABLES``.
     """
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -50,8 +52,9 @@ def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
     if n_parts == 1:
         return [batch]
     leaves, structure = tree_flatten(batch)
-    chunks = [[leaf] * n_parts if leaf is None else leaf.chunk(n_parts) for leaf in leaves]
-    return [tree_unflatten(list(part), structure) for part in zip(*chunks, strict=True)]
+    # Dealt out in turn: HerReplayBuffer puts real transitions first and those with new goals last
+    parts = [[leaf if leaf is None else leaf[first::n_parts] for leaf in leaves] for first in range(n_parts)]
+    return [tree_unflatten(part, structure) for part in parts]
 
 
 def move_batch(batch: Batch, device: th.device) -> Batch:
@@ -67,9 +70,9 @@ def move_batch(batch: Batch, device: th.device) -> Batch:
     for _, group in groupby(present, key=lambda i: leaves[i].dtype):
         indices = list(group)
         packed = th.cat([leaves[i].reshape(-1) for i in indices])
-        if device.type == "cuda":
+        if device.type == "cuda" and packed.device.type == "cpu":
             packed = packed.pin_memory()
-        parts = packed.to(device, non_blocking=True).split([leaves[i].numel() for i in indices])
+        parts = packed.to(device, non_blocking=packed.is_pinned()).split([leaves[i].numel() for i in indices])
         for i, part in zip(indices, parts, strict=True):
             leaves[i] = part.view(leaves[i].shape)
     return tree_unflatten(leaves, structure)
@@ -96,66 +99,101 @@ class GraphedFunction:
 
     :param function: Takes the inputs, returns a dictionary of tensors.
     :param optimizers: The optimizers that the function steps; made fit for being recorded.
+    :param recorder: Runs the function for a recording and returns what replays it, and the outputs; CUDA's by default. With
+        one given, recordings are made on every device.
     """
 
-    def __init__(self, function: Callable[..., dict[str, th.Tensor]], optimizers: list[th.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Outputs],
+        optimizers: list[th.optim.Optimizer],
+        recorder: Callable[[Callable[[], Outputs]], tuple[Callable[[], Any], Outputs]] | None = None,
+    ) -> None:
         self._function = function
         self._optimizers = optimizers
-        self._calls = 0
-        self._recorded: dict[Hashable, tuple[Any, list[Any], dict[str, th.Tensor]]] = {}
+        self._recorder = recorder
+        self._stream: Any = None
+        self._calls: Counter[Hashable] = Counter()
+        self._recorded: dict[Hashable, tuple[list[Any], Callable[[], Any] | None, Outputs]] = {}
 
-    def __call__(self, *inputs: Any) -> dict[str, th.Tensor]:
+    def __call__(self, *inputs: Any) -> Outputs:
         """
         :param inputs: Tensors, nested in tuples and dictionaries; each shape is recorded for itself.
         :return: What the function returned, as tensors of its own.
         """
         leaves, structure = tree_flatten(inputs)
         device = next(leaf.device for leaf in leaves if leaf is not None)
-        self._calls += 1
-        if device.type == "cuda" and self._calls <= GRAPH_WARM_UP_CALLS:
+        records = device.type == "cuda" or self._recorder is not None
+        key = tuple(None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves)
+        self._calls[key] += 1
+        # Per key: an optimizer whose state does not exist yet would, in a recording, create it anew at each replay
+        if records and self._calls[key] <= GRAPH_WARM_UP_CALLS:
             return self._warm_up(inputs, device)
 
-        key = tuple(None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._recorded:
             static = [None if leaf is None else leaf.clone() for leaf in leaves]
-            graph, outputs = None, {}
-            if device.type == "cuda":
-                graph = th.cuda.CUDAGraph()
-                with th.cuda.graph(graph):
-                    outputs = self._function(*tree_unflatten(static, structure))
-            self._recorded[key] = (graph, static, outputs)
-        graph, static, outputs = self._recorded[key]
+            replay: Callable[[], Any] | None = None
+            outputs: Outputs = {}
+            if records:
+                record = self._recorder or partial(_record_cuda_graph, device, self._stream)
+                replay, outputs = record(lambda: self._function(*tree_unflatten(static, structure)))
+            self._recorded[key] = (static, replay, outputs)
+        static, replay, outputs = self._recorded[key]
         for target, leaf in zip(static, leaves, strict=True):
             if leaf is not None:
                 target.copy_(leaf)
-        if graph is None:
+        if replay is None:
             outputs = self._function(*tree_unflatten(static, structure))
         else:
-            graph.replay()
-        # The next call overwrites what the graph returns
+            replay()
+        # The next call overwrites what a recording returns
         return {name: value.clone() for name, value in outputs.items()}
 
-    def _warm_up(self, inputs: tuple[Any, ...], device: th.device) -> dict[str, th.Tensor]:
-        if self._calls == 1:
+    def _warm_up(self, inputs: tuple[Any, ...], device: th.device) -> Outputs:
+        if device.type != "cuda":
+            return self._function(*inputs)
+        if self._stream is None:
+            self._stream = th.cuda.Stream(device)
             for optimizer in self._optimizers:
                 _make_capturable(optimizer, device)
-        stream = th.cuda.Stream()
-        stream.wait_stream(th.cuda.current_stream())
-        with th.cuda.stream(stream):
+        current = th.cuda.current_stream(device)
+        self._stream.wait_stream(current)
+        with th.cuda.stream(self._stream):
             outputs = self._function(*inputs)
-        th.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(self._stream)
         return outputs
+
+
+def _record_cuda_graph(device: th.device, stream: Any, function: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:
+    """Record a call; nothing is computed yet."""
+    graph = th.cuda.CUDAGraph()
+    with th.cuda.device(device), th.cuda.graph(graph, stream=stream):
+        outputs = function()
+    return graph.replay, outputs
+
+
+def can_be_recorded(optimizer: th.optim.Optimizer) -> bool:
+    """:param optimizer: An optimizer. :return: Whether a CUDA graph can hold its steps."""
+    return all("capturable" in group for group in optimizer.param_groups)
 
 
 def _make_capturable(optimizer: th.optim.Optimizer, device: th.device) -> None:
     """Keep the optimizer's learning rate and step count on the device, where a recorded graph reads and writes them."""
     for group in optimizer.param_groups:
-        if "capturable" not in group:
-            raise ValueError(
-                f"{type(optimizer).__name__} cannot be recorded in a CUDA graph: leave cuda_graph out, or use th.optim.Adam."
-            )
         group["capturable"] = True
         group["lr"] = th.as_tensor(float(group["lr"]), dtype=th.float32, device=device)
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = th.as_tensor(state["step"], dtype=th.float32, device=device)
+
+
+def release_from_graph(optimizer: th.optim.Optimizer) -> None:
+    """
+    Undo what a recording needed, for a state that was saved with it: other devices refuse it.
+
+    :param optimizer: The optimizer.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], th.Tensor):
+            group["lr"] = float(group["lr"])
+            group["capturable"] = False

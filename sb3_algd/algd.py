@@ -5,6 +5,7 @@ import pathlib
 import re
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import gymnasium as gym
@@ -21,7 +22,15 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_algd.acceleration import GraphedFunction, keep_freed_memory, move_batch, set_learning_rate, split_batch
+from sb3_algd.acceleration import (
+    GraphedFunction,
+    can_be_recorded,
+    keep_freed_memory,
+    move_batch,
+    release_from_graph,
+    set_learning_rate,
+    split_batch,
+)
 from sb3_algd.buffers import (
     CostKey,
     CostNStepReplayBuffer,
@@ -52,8 +61,8 @@ SIX_TUPLE_ADVICE = (
 )
 # multiplier_signal="episodes": how many recent episodes count
 SIGNAL_EPISODES = 5
-# How many batches are drawn from the replay buffer at once
-BATCHES_AT_ONCE = 16
+# Several batches are drawn from the replay buffer at once, as far as their observations take no more memory
+BYTES_AT_ONCE = 32 * 2**20
 
 
 class ALGD(OffPolicyAlgorithm):
@@ -134,7 +143,8 @@ class ALGD(OffPolicyAlgorithm):
         instead of uniformly random actions
     :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
         losses and optimizers stay in single precision). Faster where the processor has it, see docs/performance.md
-    :param cuda_graph: Whether updates are recorded as a CUDA graph and replayed, on a CUDA device
+    :param cuda_graph: Whether updates are recorded as a CUDA graph and replayed. Needs a CUDA device to have an effect, and an
+        optimizer with the option ``capturable``, as Adam. Arguments such as ``rho`` must not be changed during ``learn()``
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -294,8 +304,6 @@ class ALGD(OffPolicyAlgorithm):
         super()._setup_model()
         self.__dict__.update(given)
         self._create_aliases()
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.lagrange_multiplier = LagrangeMultiplier(
             self.n_constraints,
             self.multiplier_init,
@@ -303,6 +311,11 @@ class ALGD(OffPolicyAlgorithm):
             self.multiplier_max,
             self.multiplier_space,
         ).to(self.device)
+        if self.cuda_graph and not all(map(can_be_recorded, self._optimizers())):
+            raise ValueError(
+                f"{self.policy.optimizer_class.__name__} cannot be recorded in a CUDA graph: leave cuda_graph out, or use "
+                "th.optim.Adam."
+            )
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         modules = (self.actor, self.critic, self.cost_critic, self.lagrange_multiplier)
@@ -452,12 +465,18 @@ class ALGD(OffPolicyAlgorithm):
         """Batches on the model's device; several are drawn and moved there at once."""
         assert self.replay_buffer is not None
         while gradient_steps > 0:
-            n_batches = min(gradient_steps, BATCHES_AT_ONCE)
+            n_batches = min(gradient_steps, max(BYTES_AT_ONCE // self._batch_bytes(batch_size), 1))
             samples: CostReplayBufferSamples = self.replay_buffer.sample(  # type: ignore[assignment]
                 n_batches * batch_size, env=self._vec_normalize_env
             )
             yield from split_batch(samples if self.device.type == "cpu" else move_batch(samples, self.device), n_batches)
             gradient_steps -= n_batches
+
+    def _batch_bytes(self, batch_size: int) -> int:
+        """Size of a batch's observations and next observations."""
+        obs_space = self.observation_space
+        parts = obs_space.spaces.values() if isinstance(obs_space, spaces.Dict) else [obs_space]
+        return 2 * batch_size * sum(int(np.prod(part.shape or (1,))) * np.dtype(part.dtype).itemsize for part in parts)
 
     def _update_learning_rates(self) -> None:
         progress = self._current_progress_remaining
@@ -478,8 +497,11 @@ class ALGD(OffPolicyAlgorithm):
         :param episode_risk: See :meth:`_episode_risk`
         :return: Losses, gradient norm and risks
         """
-        with th.autocast(self.device.type, th.bfloat16, enabled=self.reduced_precision):
+        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self.reduced_precision)
+        with precision():
             metrics, buffer_risk = self._update_critics(batch)
+        # Another region: within one, autocast keeps its copies of the critics' weights, which have just changed
+        with precision():
             policy_metrics, policy_risk = self._update_policy(batch.observations)
         risk = {"buffer": buffer_risk, "policy": policy_risk, "episodes": episode_risk}[self.multiplier_signal]
         # None before the first episode has ended
@@ -600,8 +622,10 @@ class ALGD(OffPolicyAlgorithm):
         :raises FloatingPointError: If one is not finite; weights and optimisers are set back to a copy from before
         """
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, mean in means.items():
-            values = np.atleast_1d(mean.cpu().numpy())
+        # Read from the device once
+        read = th.cat([mean.reshape(-1) for mean in means.values()]).cpu().numpy()
+        ends = np.cumsum([mean.numel() for mean in means.values()])
+        for name, values in zip(means, np.split(read, ends[:-1]), strict=True):
             if not np.isfinite(values).all():
                 what = f"train/{name} became {values.tolist()} at update {self._n_updates} (step {self.num_timesteps})"
                 raise FloatingPointError(
@@ -639,14 +663,34 @@ class ALGD(OffPolicyAlgorithm):
             self._cost_tracker = EpisodeCostTracker(self.n_envs, self.n_constraints, self.cost_gamma, self._stats_window_size)
         elif environments_reset:
             self._cost_tracker.start_episodes(self.n_envs)
-        # Recorded anew each time: weights and optimizer states may have been replaced since
-        self._graphed_update = GraphedFunction(self._update, self._optimizers()) if self.cuda_graph else None
+        self._start_recording()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._normalization_backup = NormalizationBackup(self._vec_normalize_env)
         arguments = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if environments_reset:
             assert self._last_obs is not None
             self._check_first_observation(self._last_obs)
         return arguments
+
+    def _start_recording(self) -> None:
+        self._graphed_update = GraphedFunction(self._update, self._optimizers()) if self.cuda_graph else None
+
+    def set_parameters(
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a file or a dictionary, see SB3.
+
+        :param load_path_or_dict: See SB3
+        :param exact_match: See SB3
+        :param device: See SB3
+        """
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        for optimizer in self._optimizers():
+            release_from_graph(optimizer)
+        # A recording would go on with the optimizer states that have just been replaced
+        self._start_recording()
 
     def _check_first_observation(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
         """
@@ -712,6 +756,8 @@ class ALGD(OffPolicyAlgorithm):
                 f"The replay buffer in {path} holds {getattr(loaded, 'n_constraints', 0)} cost(s) per step, but the model has "
                 f"{self.n_constraints} constraint(s): load one that was saved by a model with the same constraints."
             )
+        # SB3 gives it the model's device, but train() moves whole batches there
+        loaded.device = th.device("cpu")
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

@@ -114,7 +114,7 @@ class LagrangeMultiplier(nn.Module):
         :return: The loss before the step, detached, scalar: :math:`\\sum_i \\lambda_i (h_i - risk_i)`.
         """
         current = self.value.clone()
-        violation = violation.detach()
+        violation = violation.detach().to(self.parameter).expand_as(self.parameter)
         # The gradient of the loss by hand: d lambda / d theta is lambda in log space, 1 in projected space
         self.parameter.grad = -(current * violation if self.space == "log" else violation)
         self.optimizer.step()

@@ -281,7 +281,8 @@ class BoundCritic:
         critic, shape = self._critic, actions.shape[:-1]
         rows, batch_size = actions.flatten(0, -2), actions.shape[-2]
         if self._stacked:
-            hidden = th.matmul(rows, self._action_weight).unflatten(1, (-1, batch_size)) + self._from_state
+            from_action = th.bmm(rows.expand(critic.n_critics, -1, -1), self._action_weight)
+            hidden = from_action.unflatten(1, (-1, batch_size)) + self._from_state
             values = critic.finish_stacked(hidden.flatten(1, 2))
         else:
             members = zip(self._members_from_state, self._action_weight.unbind(), strict=True)

@@ -231,7 +231,8 @@ class DiffusionPolicy(BasePolicy):
 
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         kwargs = dict(self.optimizer_kwargs)
-        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW):
+        other_form = kwargs.get("foreach") or kwargs.get("differentiable")
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not other_form:
             # The same steps in one pass over the parameters
             kwargs.setdefault("fused", True)
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
@@ -288,7 +289,7 @@ class DiffusionPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        if mode == self.training:
+        if all(module.training == mode for module in (self, self.actor, self.critic, self.cost_critic)):
             # predict() asks each time, and walking through all networks is a tenth of its time
             return
         self.actor.set_training_mode(mode)

@@ -1,19 +1,25 @@
 """What makes updates fast must not change what they compute."""
 
+import io
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_algd.acceleration import GraphedFunction, move_batch, set_learning_rate, split_batch
+from sb3_algd import ALGD
+from sb3_algd.acceleration import GraphedFunction, _make_capturable, move_batch, set_learning_rate, split_batch
 from sb3_algd.buffers import CostReplayBufferSamples
 from sb3_algd.networks import EnsembleCritic
 from tests.test_algd import make_env, make_model, same, weights
+from tests.test_buffers import CostlyBitFlipping
 
 
 def make_critic(n_outputs: int) -> EnsembleCritic:
@@ -74,7 +80,8 @@ def test_a_batch_is_split_row_by_row() -> None:
     assert [len(part.actions) for part in parts] == [2, 2, 2]
     assert parts[0].discounts is None
     for whole, *pieces in zip(flat(batch), *map(flat, parts), strict=True):
-        th.testing.assert_close(whole, th.cat(pieces), rtol=0, atol=0)
+        for first, piece in enumerate(pieces):
+            th.testing.assert_close(whole[first::3], piece, rtol=0, atol=0)
 
 
 def test_a_moved_batch_is_the_same_batch() -> None:
@@ -88,12 +95,160 @@ def test_a_moved_batch_is_the_same_batch() -> None:
     assert moved.actions.untyped_storage().data_ptr() == moved.costs.untyped_storage().data_ptr()
 
 
-def test_batches_drawn_at_once_are_all_used_once() -> None:
-    model = make_model(gradient_steps=1, learning_starts=60, buffer_size=60)
+def test_batches_drawn_at_once_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(learning_starts=60, buffer_size=60)
     model.learn(60)
+    assert model.replay_buffer is not None
+    drawn: list[int] = []
+    sample = model.replay_buffer.sample
+
+    def noted(n: int, env: Any = None) -> Any:
+        drawn.append(n)
+        return sample(n, env)
+
+    monkeypatch.setattr(model.replay_buffer, "sample", noted)
+    # 16 observations and next observations of 3 numbers of 4 bytes
+    monkeypatch.setattr("sb3_algd.algd.BYTES_AT_ONCE", 10 * 16 * 2 * 3 * 4)
     batches = list(model._sample_batches(35, 16))
     assert [len(batch.actions) for batch in batches] == [16] * 35
-    assert len({batch.observations.data_ptr() for batch in batches}) == 35  # type: ignore[union-attr]
+    assert drawn == [160, 160, 160, 80]
+
+
+def test_every_batch_of_goals_has_its_share_of_new_ones() -> None:
+    env = CostlyBitFlipping(n_bits=8, continuous=True)
+    arguments: dict[str, Any] = dict(
+        replay_buffer_class=HerReplayBuffer, learning_starts=200, cost_limit=5.0, episode_length=8
+    )
+    model = ALGD("MultiInputPolicy", env, seed=0, device="cpu", **arguments)
+    model.learn(200)
+    for batch in model._sample_batches(8, 20):
+        goals = batch.observations["desired_goal"]  # type: ignore[index]
+        # The environment's own goal is all ones; new ones, 4 of 5, hardly ever are
+        assert 14 <= int((goals != 1).any(dim=1).sum()) <= 16
+
+
+class Recorder:
+    """Stands in for CUDA's: calls the function once for the recording, and tells how often it was replayed."""
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, function: Any) -> tuple[Any, dict[str, th.Tensor]]:
+        self.recorded += 1
+        outputs = {name: value.clone() for name, value in function().items()}
+
+        def replay() -> None:
+            self.replayed += 1
+            for name, value in function().items():
+                outputs[name].copy_(value)
+
+        return replay, outputs
+
+
+def test_each_kind_of_input_is_warmed_up_before_it_is_recorded() -> None:
+    recorder, calls = Recorder(), 0
+
+    def function(x: th.Tensor, risk: th.Tensor | None) -> dict[str, th.Tensor]:
+        nonlocal calls
+        calls += 1
+        return {"sum": x.sum() if risk is None else x.sum() + risk}
+
+    graphed = GraphedFunction(function, [], recorder)
+    for number in range(5):
+        assert graphed(th.full((2,), float(number)), None)["sum"].item() == 2.0 * number
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+    # The first cost of an episode: what is stepped with it has no state yet
+    calls = 0
+    for _ in range(3):
+        assert graphed(th.ones(2), th.tensor(1.0))["sum"].item() == 3.0
+    assert (recorder.recorded, calls) == (1, 3)
+    assert graphed(th.ones(2), th.tensor(2.0))["sum"].item() == 4.0
+    assert (recorder.recorded, recorder.replayed) == (2, 3)
+
+
+class Readings(TorchDispatchMode):
+    """Notes operations that make the processor wait for the device, which no recording can hold."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(function) for name in self.FORBIDDEN):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        dict(policy_kwargs=dict(net_arch=[8], diffusion="ddpm"), multiplier_signal="policy", rho=0.0),
+        dict(score_pairing="before", score_space="latent", clip_score_samples=True, multiplier_space="projected"),
+    ],
+)
+def test_an_update_never_reads_from_the_device(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_algd.networks.computes_stacked", lambda device: True)
+    # Let an optimizer on the CPU step as it does in a recording
+    module = sys.modules[th.optim.Adam.__module__]
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *args, **kwargs: ["cpu"])
+    model = make_model(learning_starts=60, **arguments)
+    model.learn(60)
+    batch = next(iter(model._sample_batches(1, 16)))
+    for optimizer in model._optimizers():
+        _make_capturable(optimizer, th.device("cpu"))
+    with Readings() as readings:
+        model._update(batch, None)
+    assert readings.found == []
+
+
+def test_what_was_recorded_can_be_trained_elsewhere() -> None:
+    model = make_model()
+    model.learn(30)
+    for optimizer in model._optimizers():
+        _make_capturable(optimizer, th.device("cpu"))
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    loaded = ALGD.load(file, env=make_env(), device="cpu")
+    for optimizer in loaded._optimizers():
+        assert isinstance(optimizer.param_groups[0]["lr"], float)
+        assert optimizer.param_groups[0]["capturable"] is False
+    loaded.learn(30)
+    assert loaded._n_updates > model._n_updates
+
+
+def test_new_parameters_drop_what_was_recorded() -> None:
+    model = make_model(cuda_graph=True)
+    model.learn(30)
+    before = model._graphed_update
+    model.set_parameters(model.get_parameters())
+    assert model._graphed_update is not None
+    assert model._graphed_update is not before
+
+
+def test_an_optimizer_that_cannot_be_recorded_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="SGD cannot be recorded"):
+        make_model(cuda_graph=True, policy_kwargs=dict(net_arch=[8], optimizer_class=th.optim.SGD))
+
+
+def test_a_loaded_replay_buffer_stays_in_cpu_memory(tmp_path: Path) -> None:
+    model = make_model()
+    model.learn(30)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    model.device = th.device("meta")  # as for a model on an accelerator
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.device.type == "cpu"
+
+
+def test_other_forms_of_adam_stay_possible() -> None:
+    model = make_model(policy_kwargs=dict(net_arch=[8], optimizer_kwargs=dict(foreach=True)))
+    model.learn(30)
+    assert model.actor.optimizer.defaults["foreach"] is True
+    assert make_model().actor.optimizer.defaults["fused"] is True
 
 
 @pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
@@ -152,9 +307,33 @@ def test_reduced_precision_rounds_the_update_but_keeps_single_precision_weights(
         batch = next(iter(model._sample_batches(1, 16)))
         losses.append({name: value.numpy() for name, value in model._update(batch, None).items()})
         assert all(value.dtype == th.float32 for value in weights(model).values())
+        assert all(parameter.grad is not None for parameter in model.actor.parameters())
     assert losses[0]["critic_loss"] != losses[1]["critic_loss"]
     for name, value in losses[0].items():
         np.testing.assert_allclose(losses[1][name], value, rtol=0.1, atol=0.02, err_msg=name)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_reduced_precision_sees_the_newest_critics(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_algd.networks.computes_stacked", lambda device: stacked)
+    model = make_model(reduced_precision=True, learning_rate=0.05, learning_starts=60)
+    model.learn(60)
+    energies = []
+    energy_of = model._energy
+
+    def noted(observations: th.Tensor, actions: th.Tensor) -> Any:
+        result = energy_of(observations, actions)
+        energies.append((actions.detach().clone(), result[0]))
+        return result
+
+    monkeypatch.setattr(model, "_energy", noted)
+    batch = next(iter(model._sample_batches(1, 16)))
+    model._update(batch, None)
+    actions, during = energies[0]
+    with th.autocast("cpu", th.bfloat16):
+        # The critics have not changed since; the multiplier has, a little
+        afterwards = energy_of(batch.observations, actions)[0]
+    th.testing.assert_close(during, afterwards, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
