@@ -144,6 +144,14 @@ def measure_updates(rounds: int, device: str) -> pd.DataFrame:
             models[f"algd-{kind}, graph, bfloat16"] = make_model(kind, device, cuda_graph=True, reduced_precision=True)
     count = 200 if device == "cuda" else 20
     tasks = {name: partial(rate, partial(model.train, count, BATCH_SIZE), count, device) for name, model in models.items()}
+
+    def train_one_by_one(model: OffPolicyAlgorithm) -> None:
+        for _ in range(count):
+            model.train(1, BATCH_SIZE)
+
+    # As with gradient_steps=1, the default of both
+    for name in ("sac", "algd-ve"):
+        tasks[f"{name}, one per call"] = partial(rate, partial(train_one_by_one, models[name]), count, device)
     return compare(tasks, rounds, "sac")
 
 

@@ -47,12 +47,13 @@ class BoundDenoiser:
         self._from_state = F.linear(features, state_weight, first.bias)
         self._from_step = F.linear(network.step_embedding.weight, step_weight)
         # With a noise head, each step looks at two inputs in the same state
-        rows = self._from_state.repeat(2, 1) if network.predict_noise else self._from_state
+        self._predicts_noise = network.predict_noise
+        rows = self._from_state.repeat(2, 1) if self._predicts_noise else self._from_state
         self._from_state_and_steps = (self._from_step.unsqueeze(1) + rows).unbind()
 
     def _output(self, action: th.Tensor, step: int | th.Tensor) -> th.Tensor:
         several = isinstance(step, th.Tensor)
-        base = self._from_state + self._from_step[step] if several else self._from_state_and_steps[step][: action.shape[0]]
+        base = self._from_state + self._from_step[step] if several else self._from_state_and_steps[step]
         return self._finish(th.addmm(base, action, self._action_weight.t()))
 
     def _finish(self, hidden: th.Tensor) -> th.Tensor:
@@ -67,6 +68,10 @@ class BoundDenoiser:
         :param step: Index of the denoising step, one for all or one per row, shape (batch,).
         :return: Score phi(s, a, k), shape (batch, action_dim).
         """
+        if not self._predicts_noise:
+            return self._output(action, step)
+        if not isinstance(step, th.Tensor):
+            return self.score_and_noise(action, action, step)[0]
         return self._output(action, step).narrow(1, 0, self._action_dim)
 
     def score_and_noise(self, action: th.Tensor, latent: th.Tensor, step: int) -> tuple[th.Tensor, th.Tensor]:
