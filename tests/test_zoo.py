@@ -20,7 +20,7 @@ import rl_zoo3
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
 from sb3_algd import ALGD
-from sb3_algd.envs.catalogue import SPEED, entries
+from sb3_algd.envs.catalogue import OWN, SPEED, entries
 from sb3_algd.envs.wrappers import EpisodeCost
 from sb3_algd.zoo import CONFIG_FILE, TRAINED_AGENTS, __main__, all_plots, plot_costs, plot_train, push_to_hub
 from sb3_algd.zoo.commandline import ALGDToShow
@@ -80,14 +80,14 @@ def test_training_leaves_costs_where_people_look(logs: Path) -> None:
     assert evaluations["costs"].shape == evaluations["results"].shape == (2, 2)
     assert (folder / "best_model.zip").is_file()
     assert list((logs.parent / "tb").rglob("events.out.tfevents.*"))
-    assert yaml.unsafe_load((folder / ENV / "config.yml").read_text())["cost_limit"] == 25
+    assert yaml.unsafe_load((folder / ENV / "config.yml").read_text())["cost_limit"] == 64
 
 
 def test_enjoy_reports_costs_and_verdict(logs: Path) -> None:
     out = run("enjoy", "--env", ENV, "-f", logs, "-n", 200, "--no-render", cwd=logs)
     assert "2 episodes" in out
     assert "Return: " in out
-    assert "limit 25: " in out
+    assert "limit 64: " in out
 
 
 def test_enjoy_names_the_way_out_where_there_is_no_agent(tmp_path: Path, argv: Any) -> None:
@@ -130,7 +130,7 @@ def test_plots(logs: Path, argv: Any, monkeypatch: pytest.MonkeyPatch, capsys: p
     argv("-e", ENV, "-f", logs, "-o", "costs.png")
     plot_costs.plot_costs()
     assert Path("costs.png").stat().st_size > 10_000
-    assert plot_costs.read_cost_limit(logs / "algd" / f"{ENV}_1") == 25
+    assert plot_costs.read_cost_limit(logs / "algd" / f"{ENV}_1") == 64
     argv("-e", "Safexp-PointPush1-v0", "-f", logs)
     with pytest.raises(SystemExit, match="No evaluated run"):
         plot_costs.plot_costs()
@@ -155,10 +155,10 @@ def test_push_to_hub_tells_the_costs(logs: Path, argv: Any, monkeypatch: pytest.
     push_to_hub.push_to_hub()
     repo = Path("hub") / f"algd-{ENV}"
     results = json.loads((repo / "results.json").read_text())
-    assert results["cost_limit"] == [25]
+    assert results["cost_limit"] == [64]
     assert results["mean_cost"][0] > 0
     card = (repo / "README.md").read_text()
-    assert "limit 25.00." in card
+    assert "limit 64.00." in card
     assert "python -m sb3_algd.zoo.enjoy --algo algd" in card
     assert "-m rl_zoo3" not in card
 
@@ -175,7 +175,8 @@ def test_every_task_has_an_entry_that_fits() -> None:
     for entry in entries():
         hyperparams = config[entry.id]
         assert set(hyperparams) <= accepted, entry.id
-        assert hyperparams["cost_limit"] == entry.kwargs.get("cost_limit", 25.0), entry.id
+        declared = gym.make(entry.id).get_wrapper_attr("cost_limit") if entry.track == OWN else 25.0
+        assert hyperparams["cost_limit"] == entry.kwargs.get("cost_limit", declared), entry.id
         assert hyperparams.get("cost_limit_discounted", False) == (entry.track == SPEED), entry.id
         assert float(hyperparams["n_timesteps"]) > 0
     assert set(config) == {"default", *(entry.id for entry in entries())}
@@ -186,7 +187,7 @@ def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> No
     assert agent.stat().st_size < 500_000
     out = run("enjoy", "--env", agent.stem, "-n", 200, "--no-render", "--device", "cpu", cwd=tmp_path)
     assert f"Loading {agent}" in out
-    assert "limit 25: the limit holds" in out
+    assert "limit 64: the limit holds" in out
     run("record_video", "--env", agent.stem, "-n", 5, cwd=tmp_path)
     assert list((tmp_path / "videos").glob("*.mp4"))
 
