@@ -80,8 +80,7 @@ class ALGD(OffPolicyAlgorithm):
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update
-    :param tau: the soft update coefficient ("Polyak update", between 0 and 1). The paper has 0.005 every 2nd of 10 updates
-        per step; with one update per step the targets would take 40,000 steps to see the horizon (measured: docs/results.md)
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
     :param gamma: the discount factor of rewards
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``.
@@ -97,7 +96,7 @@ class ALGD(OffPolicyAlgorithm):
         at a cost of more complexity.
     :param n_steps: When n_step > 1, uses n-step returns (with the NStepReplayBuffer) for rewards and costs.
     :param target_update_interval: update the target networks every ``target_update_interval`` gradient steps,
-        counted over the whole training (the paper: 2).
+        counted over the whole training.
     :param use_sde: Not supported: a diffusion policy has noise of its own.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, mean reward and mean cost over
@@ -170,7 +169,7 @@ class ALGD(OffPolicyAlgorithm):
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 100,
         batch_size: int = 256,
-        tau: float = 0.02,
+        tau: float = 0.005,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
@@ -179,7 +178,7 @@ class ALGD(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        target_update_interval: int = 1,
+        target_update_interval: int = 2,
         use_sde: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
