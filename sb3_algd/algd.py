@@ -655,9 +655,12 @@ class ALGD(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         environments_reset = reset_num_timesteps or self._last_obs is None
-        if environments_reset and self.replay_buffer is not None:
-            # Or n-step sums would run on into the episodes that start now
-            self.replay_buffer.end_episodes()
+        if self.replay_buffer is not None:
+            # SB3 gives a loaded one the model's device, but train() moves whole batches there
+            self.replay_buffer.device = th.device("cpu")
+            if environments_reset:
+                # Or n-step sums would run on into the episodes that start now
+                self.replay_buffer.end_episodes()
         if self._cost_tracker is None or reset_num_timesteps:
             self._cost_tracker = EpisodeCostTracker(self.n_envs, self.n_constraints, self.cost_gamma, self._stats_window_size)
         elif environments_reset:
@@ -755,8 +758,6 @@ class ALGD(OffPolicyAlgorithm):
                 f"The replay buffer in {path} holds {getattr(loaded, 'n_constraints', 0)} cost(s) per step, but the model has "
                 f"{self.n_constraints} constraint(s): load one that was saved by a model with the same constraints."
             )
-        # SB3 gives it the model's device, but train() moves whole batches there
-        loaded.device = th.device("cpu")
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

@@ -234,13 +234,14 @@ def test_an_optimizer_that_cannot_be_recorded_is_refused_at_once() -> None:
         make_model(cuda_graph=True, policy_kwargs=dict(net_arch=[8], optimizer_class=th.optim.SGD))
 
 
-def test_a_loaded_replay_buffer_stays_in_cpu_memory(tmp_path: Path) -> None:
+def test_a_loaded_replay_buffer_is_sampled_in_cpu_memory(tmp_path: Path) -> None:
     model = make_model()
     model.learn(30)
     model.save_replay_buffer(tmp_path / "buffer.pkl")
-    model.device = th.device("meta")  # as for a model on an accelerator
     model.load_replay_buffer(tmp_path / "buffer.pkl")
     assert model.replay_buffer is not None
+    model.replay_buffer.device = th.device("meta")  # as SB3 sets it for a model on an accelerator
+    model.learn(30, reset_num_timesteps=False)
     assert model.replay_buffer.device.type == "cpu"
 
 
