@@ -1,5 +1,6 @@
 """The Zoo's commands, run as a user runs them."""
 
+import argparse
 import csv
 import inspect
 import json
@@ -185,9 +186,10 @@ def test_every_task_has_an_entry_that_fits() -> None:
 def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> None:
     (agent,) = TRAINED_AGENTS.glob("algd/*/*.zip")
     assert agent.stat().st_size < 500_000
-    out = run("enjoy", "--env", agent.stem, "-n", 200, "--no-render", "--device", "cpu", cwd=tmp_path)
-    assert f"Loading {agent}" in out
-    assert "limit 64: the limit holds" in out
+    for noise in ([], ["--stochastic"]):
+        out = run("enjoy", "--env", agent.stem, "-n", 500, "--no-render", "--device", "cpu", *noise, cwd=tmp_path)
+        assert f"Loading {agent}" in out
+        assert "limit 64: the limit holds" in out
     run("record_video", "--env", agent.stem, "-n", 5, cwd=tmp_path)
     assert list((tmp_path / "videos").glob("*.mp4"))
 
@@ -214,6 +216,12 @@ def test_data_is_packaged_from_the_top_level(tmp_path: Path) -> None:
     packaged = tmp_path / "sb3_algd" / "zoo"
     assert (packaged / "zoo_configs" / "algd.yml").read_text() == (root / "zoo_configs" / "algd.yml").read_text()
     assert list((packaged / "trained_agents").glob("algd/*/*.zip"))
+
+
+def test_algd_is_evaluated_with_its_noise(tmp_path: Path) -> None:
+    for algo, deterministic in (("algd", False), ("sac", True)):
+        manager = CostExperimentManager(argparse.Namespace(), algo, ENV, str(tmp_path))
+        assert manager.deterministic_eval == deterministic
 
 
 def test_schedules_of_all_learning_rates() -> None:
