@@ -38,7 +38,8 @@ setup(
         # release pins gymnasium==0.28.1, mujoco==2.3.3 and pygame==2.1.0, which no resolver can install beside
         # Stable-Baselines3 2.9. It works when it is installed alone, `pip install --no-deps safety-gymnasium==1.0.0`.
         "safety": [
-            "gymnasium[mujoco]>=1.0,<2",
+            # Before 1.1.1 a Dict space sorts its keys, and observations had another order
+            "gymnasium[mujoco]>=1.1.1,<2",
             "mujoco>=3.1",
             "xmltodict>=0.13",
             "pyyaml>=6.0",

@@ -356,4 +356,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         result = subprocess.run([sys.executable, "-c", code], env={"PATH": "", **setting}, capture_output=True, check=True)
         faults[bool(setting)] = int(result.stdout)
     # 20 MB in pages of 4 KB are 5,000 faults each time where the memory was given back
-    assert faults[False] < 1000 < faults[True]
+    assert 3 * faults[False] < faults[True]
