@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -34,7 +35,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import configure
 
 from sb3_algd import ALGD
-from sb3_algd.recorder import LearningCurveRecorder, describe, make_envs
+from sb3_algd.recorder import LearningCurveRecorder, Row, describe, make_envs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -81,6 +82,20 @@ class Run:
         return f"{self.folder.parent.name}/{self.folder.name}/seed{self.seed}"
 
 
+def make_recorder(run: Run, on_row: Callable[[Row], None]) -> LearningCurveRecorder:
+    """:param run: The run. :param on_row: Called with each new row. :return: What writes its learning curve."""
+    settings = run.settings
+    return LearningCurveRecorder(
+        run.csv,
+        lambda n_envs: make_envs(settings.task, n_envs),
+        eval_freq=settings.eval_every,
+        n_episodes=settings.n_episodes,
+        n_deterministic=settings.n_deterministic,
+        seed=run.seed,
+        on_row=on_row,
+    )
+
+
 def train(run: Run) -> None:
     """:param run: The run to do, from start to end, in a process of its own."""
     # Two commands that were given at the same time must not write to one file
@@ -100,15 +115,7 @@ def train(run: Run) -> None:
     if run.log:
         model.set_logger(configure(str(run.folder / f"seed{run.seed}_log"), ["csv"]))
 
-    recorder = LearningCurveRecorder(
-        run.csv,
-        lambda n_envs: make_envs(settings.task, n_envs),
-        eval_freq=settings.eval_every,
-        n_episodes=settings.n_episodes,
-        n_deterministic=settings.n_deterministic,
-        seed=run.seed,
-        on_row=lambda row: print(f"{run.label}: {describe(row)}", flush=True),
-    )
+    recorder = make_recorder(run, lambda row: print(f"{run.label}: {describe(row)}", flush=True))
     model.learn(settings.steps, callback=recorder)
     if run.save:
         model.save(run.folder / f"seed{run.seed}.zip")

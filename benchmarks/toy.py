@@ -17,13 +17,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from run import RESULTS, Run, Settings, prepare_folder
+from run import RESULTS, Run, Settings, make_recorder, prepare_folder
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_algd import ALGD
 from sb3_algd.envs.toy import TwoModesEnv
 from sb3_algd.plotting import read_curve
-from sb3_algd.recorder import LearningCurveRecorder, Row, describe, make_envs, preserved_random_state
+from sb3_algd.recorder import Row, describe, make_envs, preserved_random_state
 
 TASK = "TwoModes-v0"
 #: Actions that mode shares are counted over
@@ -114,16 +114,7 @@ def train(run: Run) -> None:
             csv.writer(file).writerows(modes)
         print(f"{run.label}: {describe(row)}, modes {left:.2f} and {right:.2f}", flush=True)
 
-    recorder = LearningCurveRecorder(
-        run.csv,
-        lambda n_envs: make_envs(settings.task, n_envs),
-        eval_freq=settings.eval_every,
-        n_episodes=settings.n_episodes,
-        n_deterministic=settings.n_deterministic,
-        seed=run.seed,
-        on_row=on_row,
-    )
-    model.learn(settings.steps, callback=recorder)
+    model.learn(settings.steps, callback=make_recorder(run, on_row))
     env.close()
 
 

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from sb3_algd.algd import ALGD
 
 
+def relative_excess(costs: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """
+    By which share costs exceed their limits: constraints may have different units, and this can be added up.
+
+    :param costs: Mean costs, shape (n_constraints,).
+    :param limits: Their limits, same shape.
+    :return: Same shape, negative within a limit; the plain difference where a limit is 0.
+    """
+    return (costs - limits) / np.where(limits > 0, limits, 1.0)
+
+
 class CostEvalCallback(EvalCallback):
     """
     :class:`~stable_baselines3.common.callbacks.EvalCallback` that counts costs too.
@@ -75,11 +86,10 @@ class CostEvalCallback(EvalCallback):
         if len(self._counter.episode_costs) == n_finished:
             return
         costs = np.mean(self._counter.episode_costs, axis=0)
-        limits = np.asarray(self.model.cost_limit)
         for i, cost in enumerate(costs):
             self.logger.record("eval/mean_ep_cost" if len(costs) == 1 else f"eval/mean_ep_cost_{i}", float(cost))
-        # Constraints may have different units, so what counts is the excess as a share of the limit
-        self._violation = float(np.sum(np.maximum(costs - limits, 0.0) / np.where(limits > 0, limits, 1.0)))
+        excess = relative_excess(costs, np.asarray(self.model.cost_limit))
+        self._violation = float(np.sum(np.maximum(excess, 0.0)))
         # SB3 takes the model for the best one if its mean reward exceeds this
         if self._violation == self.best_violation:
             self._threshold = self._best_reward

@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd.callbacks import CostEvalCallback
+from sb3_algd.callbacks import CostEvalCallback, relative_excess
 from sb3_algd.zoo.hyperparams import convert_algd_params
 
 #: Below every return that an environment could give
@@ -57,10 +57,9 @@ class TrialCostEvalCallback(CostEvalCallback):
         continue_training = super()._on_step()
         if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
             self.eval_idx += 1
-            limits = np.asarray(self.model.cost_limit)
             self.last_mean_costs = np.mean(self._counter.episode_costs, axis=0)
-            # Constraints may have different units, and Optuna adds them up
-            self.last_excess = (self.last_mean_costs - limits) / np.where(limits > 0, limits, 1.0)
+            # As shares, because Optuna adds them up
+            self.last_excess = relative_excess(self.last_mean_costs, np.asarray(self.model.cost_limit))
             violation = float(np.sum(np.maximum(self.last_excess, 0.0)))
             self.trial.report(pruning_value(self.last_mean_reward, violation), self.eval_idx)
             if self.trial.should_prune():
