@@ -72,6 +72,8 @@ setup(
             "sb3-contrib>=2.9,<3",
             "matplotlib>=3.8",
             "pyyaml>=6.0",
+            # Statistics of the benchmarks
+            "scipy>=1.15",
             "tensorboard>=2.9.1",
             # SB3's progress bar
             "tqdm",

@@ -1,28 +1,40 @@
 """
-Draw the figures and write the table of what ``benchmarks/run.py`` has left.
+Draw the figures and write the tables of what ``benchmarks/run.py`` has left.
 
     python benchmarks/plot.py [--tasks ...] [--algorithms ...] [--out docs/img]
 
-One figure per task, and on standard output one Markdown table.
+For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own); on standard output
+one Markdown table of the last quarter of the evaluations and one of the ends of the runs.
+
+Statistics: the interquartile mean over seeds and evaluations, with a 95 % bootstrap interval. Whole seeds are drawn, because
+the evaluations of one seed are alike; with three seeds the interval is little more than the range of the seeds.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import yaml
+from run import ALGORITHMS, RESULTS
+from scipy.stats import bootstrap, trim_mean  # type: ignore[import-untyped]
 
+import sb3_algd.envs  # noqa: F401  registers the tasks
 from sb3_algd.plotting import Curve, plot_learning_curves, read_curve
 
-RESULTS = Path(__file__).parent / "results"
-#: Share of the evaluations, the last ones, over which the table averages
+#: Share of the evaluations, the last ones, that the statistics are over
 LAST = 0.25
-HEADER = (
-    "| task | algorithm | seeds | steps | return, last quarter | cost, last quarter | limit | return, end | cost, end "
-    "| deterministic return / cost, end | training cost | steps / s |"
+N_RESAMPLES = 10_000
+#: How the names of the navigation tasks begin, whose episodes never end early
+NAVIGATION = ("Safexp-", "SafetyPoint", "SafetyCar")
+STATISTICS = (
+    "| task | algorithm | seeds | return, IQM | cost, IQM | limit | evaluations within the limit "
+    "| cost of a training episode | cost of the whole training |"
 )
+ENDS = "| task | algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
 
 
 def collect(results: Path, tasks: list[str], algorithms: list[str]) -> dict[str, dict[str, list[Curve]]]:
@@ -40,48 +52,96 @@ def collect(results: Path, tasks: list[str], algorithms: list[str]) -> dict[str,
     return found
 
 
-def over_seeds(values: list[float]) -> str:
-    """:param values: One per seed. :return: Their mean, and the lowest and highest."""
+def last_quarter(curves: list[Curve], column: str) -> np.ndarray:
+    """
+    :param curves: The runs of one algorithm.
+    :param column: A column.
+    :return: Its last values, shape (seeds, evaluations).
+    """
+    n_last = math.ceil(LAST * min(len(curve[column]) for curve in curves))
+    return np.stack([curve[column][-n_last:] for curve in curves])
+
+
+def with_interval(values: np.ndarray) -> str:
+    """
+    :param values: Shape (seeds, evaluations).
+    :return: Interquartile mean over all, and its interval if there are several seeds.
+    """
+    mean = f"{trim_mean(values.ravel(), 0.25):.1f}"
     if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{np.mean(values):.1f} [{min(values):.1f}, {max(values):.1f}]"
+        return mean
+    low, high = bootstrap(
+        (np.arange(len(values)),),
+        lambda seeds: trim_mean(values[seeds].ravel(), 0.25),
+        n_resamples=N_RESAMPLES,
+        vectorized=False,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    return f"{mean} [{low:.1f}, {high:.1f}]"
 
 
-def table_row(task: str, algorithm: str, curves: list[Curve], limit: float | None) -> str:
+def total_training_cost(task: str, curves: list[Curve], settings: dict[str, Any]) -> str:
     """
     :param task: The task.
-    :param algorithm: The algorithm.
-    :param curves: Its runs.
-    :param limit: The cost limit.
-    :return: A row of the Markdown table.
+    :param curves: Its runs with one algorithm.
+    :param settings: Their settings.
+    :return: Mean over the seeds of the sum of all costs during training, where the curves tell it: in tasks whose costs are
+        plain sums over episodes of fixed length.
     """
+    spec = gym.spec(task)
+    if not task.startswith(NAVIGATION) or spec.max_episode_steps is None:
+        return ""
+    n_episodes = settings["steps"] / spec.max_episode_steps
+    return f"{n_episodes * np.mean([np.nanmean(curve['train_cost']) for curve in curves]):,.0f}"
 
-    def last(column: str) -> str:
-        return over_seeds([float(np.mean(curve[column][-max(1, round(LAST * len(curve[column]))) :])) for curve in curves])
 
-    def end(column: str) -> str:
-        return over_seeds([float(curve[column][-1]) for curve in curves])
-
-    steps = sorted({int(curve["step"][-1]) for curve in curves})
+def statistics_row(task: str, algorithm: str, curves: list[Curve], settings: dict[str, Any]) -> str:
+    """
+    :param task: The task.
+    :param algorithm: The algorithm or experiment.
+    :param curves: Its runs.
+    :param settings: Their settings.
+    :return: A row of the table of statistics.
+    """
+    costs, limit = last_quarter(curves, "cost_mean"), settings["cost_limit"]
     cells = [
         task,
         algorithm,
         str(len(curves)),
-        " to ".join(f"{step:,}" for step in sorted({steps[0], steps[-1]})),
-        last("return_mean"),
-        last("cost_mean"),
+        with_interval(last_quarter(curves, "return_mean")),
+        with_interval(costs),
         "" if limit is None else f"{limit:g}",
-        end("return_mean"),
-        end("cost_mean"),
-        f"{end('return_det')} / {end('cost_det')}",
-        over_seeds([float(np.nanmean(curve["train_cost"])) for curve in curves]),
-        over_seeds([float(curve["step"][-1] / curve["seconds"][-1]) for curve in curves]),
+        "" if limit is None else f"{np.sum(costs <= limit)} of {costs.size}",
+        f"{np.mean([np.nanmean(curve['train_cost']) for curve in curves]):.1f}",
+        total_training_cost(task, curves, settings),
     ]
     return f"| {' | '.join(cells)} |"
 
 
+def ends_row(task: str, algorithm: str, curves: list[Curve]) -> str:
+    """
+    :param task: The task.
+    :param algorithm: The algorithm or experiment.
+    :param curves: Its runs.
+    :return: A row of the table of the ends of the runs.
+    """
+
+    def ends(kind: str) -> str:
+        return ", ".join(f"{curve[f'return_{kind}'][-1]:.1f} / {curve[f'cost_{kind}'][-1]:.1f}" for curve in curves)
+
+    steps = sorted({int(curve["step"][-1]) for curve in curves})
+    cells = [task, algorithm, " to ".join(f"{step:,}" for step in sorted({steps[0], steps[-1]})), ends("mean"), ends("det")]
+    return f"| {' | '.join(cells)} |"
+
+
+def print_table(header: str, rows: list[str]) -> None:
+    """:param header: Names of the columns. :param rows: The rows."""
+    print("\n".join([header, "|" + " --- |" * (header.count("|") - 1), *rows]))
+
+
 def main() -> None:
-    """Draw the figures and print the table."""
+    """Draw the figures and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tasks", nargs="+", default=[], help="all if left out")
@@ -92,18 +152,29 @@ def main() -> None:
     if not found:
         sys.exit(f"No finished runs in {args.results}: make some with benchmarks/run.py")
     args.out.mkdir(parents=True, exist_ok=True)
-    print(HEADER)
-    print("|" + " --- |" * (HEADER.count("|") - 1))
+    statistics, ends = [], []
     for task, algorithms in found.items():
-        limits = []
-        for algorithm, curves in algorithms.items():
-            settings: dict[str, Any] = yaml.safe_load((args.results / task / algorithm / "settings.yaml").read_text())
-            limits.append(settings["cost_limit"])
-            print(table_row(task, algorithm, curves, limits[-1]))
-        # Experiments may differ in their limit; then no single line can be drawn
-        limit = limits[0] if len(set(limits)) == 1 else None
-        plot_learning_curves(algorithms, args.out / f"{task}.png", task, limit)
-    print("\nMean over the seeds [lowest, highest]; stochastic actions unless it says deterministic.")
+        limits = {}
+        # In the order of ALGORITHMS, experiments after them
+        ordered = [*filter(algorithms.__contains__, ALGORITHMS), *sorted(algorithms.keys() - ALGORITHMS.keys())]
+        for algorithm in ordered:
+            settings = yaml.safe_load((args.results / task / algorithm / "settings.yaml").read_text())
+            limits[algorithm] = settings["cost_limit"]
+            statistics.append(statistics_row(task, algorithm, algorithms[algorithm], settings))
+            ends.append(ends_row(task, algorithm, algorithms[algorithm]))
+        for kind, chosen in (
+            ("", [name for name in ordered if name in ALGORITHMS]),
+            ("-experiments", [name for name in ordered if name not in ALGORITHMS]),
+        ):
+            # Experiments may differ in their limit; then no single line can be drawn
+            limit = limits[chosen[0]] if len({limits[name] for name in chosen}) == 1 else None
+            if chosen:
+                curves = {name: algorithms[name] for name in chosen}
+                plot_learning_curves(curves, args.out / f"{task}{kind}.png", task, limit)
+    print(f"Last {LAST:.0%} of the evaluations, 20 stochastic episodes each: interquartile mean [95 % interval]\n")
+    print_table(STATISTICS, statistics)
+    print("\nLast evaluation\n")
+    print_table(ENDS, ends)
 
 
 if __name__ == "__main__":

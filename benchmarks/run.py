@@ -31,6 +31,9 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 import yaml
+from baselines import ConstrainedSAC
+from sb3_contrib import TQC
+from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import configure
 
@@ -43,6 +46,12 @@ RESULTS = Path(__file__).parent / "results"
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
     "algd-ve": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}}),
     "algd-ddpm": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ddpm"}}),
+    "algd-ve-plain": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}, "rho": 0}),
+    "sac-augmented": (ConstrainedSAC, "GaussianPolicy", {}),
+    "sac-lagrangian": (ConstrainedSAC, "GaussianPolicy", {"rho": 0}),
+    # Without any constraint, what SB3's users have today
+    "sac": (SAC, "MlpPolicy", {}),
+    "tqc": (TQC, "MlpPolicy", {}),
 }
 
 
@@ -256,7 +265,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """:param arguments: Those of the command line if None. :return: What they say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["Safexp-PointButton1-v0"], help="Gymnasium ids")
-    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS))
+    parser.add_argument("--algorithms", nargs="+", default=["algd-ve", "algd-ddpm"], choices=list(ALGORITHMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20_000, help="environment steps of a run")
     parser.add_argument("--eval-every", type=int, default=2000, help="environment steps between evaluations")

@@ -518,11 +518,9 @@ class ALGD(OffPolicyAlgorithm):
         discounts = self.gamma if batch.discounts is None else batch.discounts
         cost_discounts = self.cost_gamma if batch.cost_discounts is None else batch.cost_discounts
         with th.no_grad():
-            next_actions = self.actor(batch.next_observations)
-            next_values = self.critic_target(batch.next_observations, next_actions).amin(dim=0)
+            next_values, next_costs = self._next_values(batch.next_observations)
             targets = batch.rewards + (1 - batch.dones) * discounts * next_values
             # Each member is trained against its own target
-            next_costs = self.cost_critic_target(batch.next_observations, next_actions)
             cost_targets = batch.costs + (1 - batch.cost_dones) * cost_discounts * next_costs
 
         # Sum over the critics of the mean squared error
@@ -541,6 +539,17 @@ class ALGD(OffPolicyAlgorithm):
 
         risk = estimate_risk(cost_values.detach(), self.cost_risk_coef).mean(dim=0)
         return {"critic_loss": critic_loss.detach(), "cost_critic_loss": cost_critic_loss.detach()}, risk
+
+    def _next_values(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        What the target critics expect of the current policy.
+
+        :param next_observations: States
+        :return: Values, shape (batch, 1), and costs of each member, shape (E, batch, n_constraints)
+        """
+        actions = self.actor(next_observations)
+        values = self.critic_target(next_observations, actions).amin(dim=0)
+        return values, self.cost_critic_target(next_observations, actions)
 
     def _update_policy(self, observations: PyTorchObs) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """

@@ -13,6 +13,8 @@ Curve = dict[str, np.ndarray]
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart; the red of the limit is not among them
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F6A3F")
+#: More curves than colours are told apart by their lines
+LINES = ("-", "--", ":")
 LIMIT_COLOR = "#B2182B"
 INK = "#333333"
 STYLE: Any = {
@@ -85,11 +87,12 @@ def plot_learning_curves(
         figure = Figure(figsize=(7, 6), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         for axes, quantity in ((above, "return"), (below, "cost")):
-            for color, (label, seeds) in zip(_colors(len(curves)), curves.items(), strict=True):
+            for index, (label, seeds) in enumerate(curves.items()):
+                color, line = COLORS[index % len(COLORS)], LINES[index // len(COLORS) % len(LINES)]
                 if alone:
                     _draw_one(axes, seeds[0], quantity, color)
                 else:
-                    _draw_seeds(axes, seeds, quantity, color, label)
+                    _draw_seeds(axes, seeds, quantity, color, line, label)
             axes.set_ylabel(f"{quantity} per episode")
             axes.set_xlim(left=0)
         if cost_limit is not None:
@@ -107,10 +110,6 @@ def plot_learning_curves(
         figure.savefig(path, dpi=150)
 
 
-def _colors(n: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(n)]
-
-
 def _draw_one(axes: "Axes", curve: Curve, quantity: str, color: str) -> None:
     steps, mean, std = curve["step"], curve[f"{quantity}_mean"], curve[f"{quantity}_std"]
     both = f"{quantity}_det" in curve
@@ -121,11 +120,12 @@ def _draw_one(axes: "Axes", curve: Curve, quantity: str, color: str) -> None:
         axes.plot(steps, curve[f"{quantity}_det"], color=INK, linewidth=1.2, linestyle=":", label="deterministic actions")
 
 
-def _draw_seeds(axes: "Axes", curves: Sequence[Curve], quantity: str, color: str, label: str) -> None:
+def _draw_seeds(axes: "Axes", curves: Sequence[Curve], quantity: str, color: str, line: str, label: str) -> None:
     for curve in curves:
-        axes.plot(curve["step"], curve[f"{quantity}_mean"], color=color, linewidth=0.8, alpha=0.5, marker="")
+        axes.plot(curve["step"], curve[f"{quantity}_mean"], color=color, linewidth=0.8, alpha=0.5, linestyle=line, marker="")
     steps, mean = mean_curve(curves, f"{quantity}_mean")
-    axes.plot(steps, mean, color=color, linewidth=2.2, label=f"{label} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+    label = f"{label} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+    axes.plot(steps, mean, color=color, linewidth=2.2, linestyle=line, label=label)
 
 
 def _draw_limit(axes: "Axes", limit: float) -> None:

@@ -216,7 +216,7 @@ class DiffusionPolicy(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.actor = DiffusionActor(**self._update_features_extractor(self.actor_kwargs)).to(self.device)
+        self.actor = self.make_actor()
         self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), lr_schedule)
         self.critic, self.critic_target = self._make_critic_pair(self.critic_kwargs)
         self.cost_critic, self.cost_critic_target = self._make_critic_pair(self.cost_critic_kwargs)
@@ -228,6 +228,10 @@ class DiffusionPolicy(BasePolicy):
                 if not (self.share_features_extractor and name.startswith("features_extractor"))
             ]
             critic.optimizer = self._make_optimizer(own, lr_schedule)
+
+    def make_actor(self) -> DiffusionActor:
+        """:return: A new actor, on the policy's device."""
+        return DiffusionActor(**self._update_features_extractor(self.actor_kwargs)).to(self.device)
 
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         kwargs = dict(self.optimizer_kwargs)

@@ -1,38 +1,23 @@
 """The benchmark runner: grids of runs that can be interrupted, and what is drawn from them."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
+import plot
 import pytest
+import run
 import yaml
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = ["--tasks", "TwoModes-v0", "--episodes", "2", "--jobs", "2"]
 #: Networks of this size make no sense, but are quick
 TINY = ["--name", "tiny", "--set", "policy_kwargs.net_arch=[8]", "batch_size=8"]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def run() -> ModuleType:
-    return load("run")
 
 
 def command(out: Path, *arguments: str) -> list[str]:
@@ -68,11 +53,14 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
     assert "0 to do" in output
     assert {path.name: path.read_text() for path in folder.glob("*.csv")} == curves
 
-    plot = [sys.executable, str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--out", str(tmp_path / "img")]
-    table = subprocess.run(plot, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
-    assert table[2].startswith("| TwoModes-v0 | tiny | 2 | 40 |")
-    assert table[0].count("|") == table[1].count("|") == table[2].count("|")
-    assert (tmp_path / "img" / "TwoModes-v0.png").stat().st_size > 10_000
+    draw = [sys.executable, str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--out", str(tmp_path / "img")]
+    printed = subprocess.run(draw, capture_output=True, text=True, timeout=300, check=True).stdout
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
+    assert tables[2].startswith("| TwoModes-v0 | tiny | 2 |")
+    assert tables[5].startswith("| TwoModes-v0 | tiny | 40 |")
+    for table in (tables[:3], tables[3:]):
+        assert len({line.count("|") for line in table}) == 1
+    assert (tmp_path / "img" / "TwoModes-v0-experiments.png").stat().st_size > 10_000
 
 
 def test_a_killed_run_starts_afresh(tmp_path: Path) -> None:
@@ -123,31 +111,54 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
         (["policy_kwargs.a=1", "policy_kwargs.net_arch.pi=[8, 8]"], {"policy_kwargs": {"a": 1, "net_arch": {"pi": [8, 8]}}}),
     ],
 )
-def test_overrides_are_yaml(run: ModuleType, pairs: list[str], expected: dict[str, Any]) -> None:
+def test_overrides_are_yaml(pairs: list[str], expected: dict[str, Any]) -> None:
     assert run.parse_overrides(pairs) == expected
 
 
-def test_an_override_without_a_value_is_refused(run: ModuleType) -> None:
+def test_an_override_without_a_value_is_refused() -> None:
     with pytest.raises(SystemExit, match="key=value"):
         run.parse_overrides(["rho"])
 
 
-def test_overrides_win_and_leave_the_defaults_alone(run: ModuleType) -> None:
+def test_overrides_win_and_leave_the_defaults_alone() -> None:
     base = {"a": 1, "nested": {"x": 1, "y": 2}}
     assert run.merged(base, {"nested": {"x": 3}, "b": 4}) == {"a": 1, "nested": {"x": 3, "y": 2}, "b": 4}
     assert base == {"a": 1, "nested": {"x": 1, "y": 2}}
 
 
 @pytest.mark.parametrize("arguments", [["--set", "rho=0"], ["--name", "x"]])
-def test_an_experiment_needs_a_name_and_one_algorithm(
-    run: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_experiment_needs_a_name_and_one_algorithm(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.parse_arguments(arguments)
     assert "--name" in capsys.readouterr().err
 
 
-def test_an_unknown_task_is_refused_before_anything_runs(run: ModuleType, tmp_path: Path) -> None:
+def test_an_unknown_task_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="NoSuchTask"):
         run.main(["--tasks", "NoSuchTask-v0", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def make_curve(returns: list[float], costs: list[float]) -> dict[str, np.ndarray]:
+    steps = 2000.0 * np.arange(1, len(returns) + 1)
+    return {"step": steps, "return_mean": np.array(returns), "cost_mean": np.array(costs), "train_cost": np.array(costs)}
+
+
+def test_statistics_are_of_the_last_quarter() -> None:
+    # The outlier and what came before do not count
+    curves = [make_curve([99, 99, 99, 99, 99, 1, 2], [0] * 7), make_curve([99, 99, 99, 99, 99, 3, 1000], [20] * 7)]
+    assert plot.last_quarter(curves, "return_mean").tolist() == [[1, 2], [3, 1000]]
+    text = plot.with_interval(plot.last_quarter(curves, "return_mean"))
+    # Of 1, 2, 3 and 1000 the middle two; then those of a seed drawn twice
+    assert text == "2.5 [1.5, 501.5]"
+    row = plot.statistics_row("Safexp-PointButton1-v0", "x", curves, {"cost_limit": 10, "steps": 14_000})
+    assert "| 2 of 4 | 10.0 | 350 |" in row
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert plot.with_interval(np.array([[1.0, 2.0, 3.0, 4.0]])) == "2.5"
+
+
+def test_the_training_cost_is_summed_up_only_where_the_curve_tells_it() -> None:
+    # Its costs are discounted sums over episodes that may end early
+    assert plot.total_training_cost("HopperSpeed-v0", [make_curve([1], [5])], {"steps": 2000}) == ""

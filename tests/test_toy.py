@@ -1,21 +1,14 @@
 """ALGD learns the tiny task: close to the constrained optimum, within the limit, and at both modes."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import toy
 
 from sb3_algd.envs.toy import EPISODE_LENGTH, TwoModesEnv
-from tests.test_benchmarks import BENCHMARKS, load
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return load("toy")
 
 
 def play(push: np.ndarray, cost_limit: float = 64.0) -> tuple[float, float]:
@@ -51,7 +44,7 @@ def test_mode_shares() -> None:
 
 
 @pytest.mark.parametrize(("algorithm", "steps"), [("algd-ve", 1000), ("algd-ddpm", 700)])
-def test_learning(algorithm: str, steps: int, toy: ModuleType, tmp_path: Path) -> None:
+def test_learning(algorithm: str, steps: int, tmp_path: Path) -> None:
     arguments = ["--algorithms", algorithm, "--seeds", "0", "--out", str(tmp_path)]
     toy.main([*arguments, "--steps", str(steps), "--eval-every", str(steps), "--episodes", "10"])
     folder = tmp_path / toy.TASK / algorithm
