@@ -1,6 +1,7 @@
 """The baselines of the benchmarks: honest ones, or a comparison with them says nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from stable_baselines3.sac.policies import Actor
 
 from sb3_algd.lagrangian import augmented_lagrangian, estimate_risk
 
-SMALL = dict(policy_kwargs=dict(net_arch=[16]), batch_size=8, learning_starts=20, seed=0)
+SMALL: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[16]), batch_size=8, learning_starts=20, seed=0)
 
 
-def make_model(**kwargs: object) -> ConstrainedSAC:
+def make_model(**kwargs: Any) -> ConstrainedSAC:
     model = ConstrainedSAC("GaussianPolicy", "TwoModes-v0", **{**SMALL, **kwargs})
     return model.learn(30)
 
