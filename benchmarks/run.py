@@ -3,8 +3,9 @@ Train every combination of tasks, algorithms and seeds, and leave one learning c
 
     python benchmarks/run.py --tasks Safexp-PointButton1-v0 --algorithms algd-ve algd-ddpm --seeds 0 1 2 --steps 20000
 
-A run is one process with one thread; ``--jobs`` of them run at a time. A run that has left its CSV is never repeated, one
-that was interrupted starts afresh, so the same command can be given again until everything is done.
+A run is one process with one thread; ``--jobs`` of them run at a time. A run that has left its CSV is never repeated, so the
+same command can be given again until everything is done. One that was interrupted goes on from its last checkpoint with
+``--checkpoint-every``, for runs of hours, and starts afresh without.
 
 An experiment is an algorithm with other arguments and a name of its own:
 
@@ -17,6 +18,7 @@ import fcntl
 import inspect
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -35,9 +37,11 @@ from baselines import ConstrainedSAC
 from sb3_contrib import TQC
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
 from sb3_algd import ALGD
+from sb3_algd.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
 from sb3_algd.recorder import LearningCurveRecorder, Row, describe, make_envs
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +49,8 @@ RESULTS = Path(__file__).parent / "results"
 #: Class, policy and arguments of each algorithm, on top of its own defaults
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
     "algd-ve": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}}),
-    "algd-ddpm": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ddpm"}}),
+    # Its policy soon is nearly deterministic: with 100 random steps it got stuck before it had seen anything
+    "algd-ddpm": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ddpm"}, "learning_starts": 2000}),
     "algd-ve-plain": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}, "rho": 0}),
     "sac-augmented": (ConstrainedSAC, "GaussianPolicy", {}),
     "sac-lagrangian": (ConstrainedSAC, "GaussianPolicy", {"rho": 0}),
@@ -68,6 +73,8 @@ class Settings:
     n_envs: int
     device: str
     kwargs: dict[str, Any]
+    #: Storing a checkpoint ends the running episodes, so it is part of what a run does
+    checkpoint_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,11 @@ class Run:
     def csv(self) -> Path:
         """The learning curve, which exists once the run is finished."""
         return self.folder / f"seed{self.seed}.csv"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where an interrupted run goes on from."""
+        return self.folder / f"seed{self.seed}_checkpoint"
 
     @property
     def label(self) -> str:
@@ -120,15 +132,24 @@ def train(run: Run) -> None:
     settings = run.settings
     algorithm, policy, _ = ALGORITHMS[settings.algorithm]
     env = make_envs(settings.task, settings.n_envs, seed=run.seed)
-    model = algorithm(policy, env, seed=run.seed, device=settings.device, **settings.kwargs)
-    if run.log:
-        model.set_logger(configure(str(run.folder / f"seed{run.seed}_log"), ["csv"]))
-
     recorder = make_recorder(run, lambda row: print(f"{run.label}: {describe(row)}", flush=True))
-    model.learn(settings.steps, callback=recorder)
+    callbacks: list[BaseCallback] = [recorder]
+    if settings.checkpoint_every is not None:
+        callbacks.append(ResumableCheckpointCallback(settings.checkpoint_every, run.checkpoint))
+    model: BaseAlgorithm
+    if (run.checkpoint / MANIFEST).exists():
+        assert issubclass(algorithm, ALGD)
+        print(f"{run.label}: goes on from step {read_manifest(run.checkpoint)['num_timesteps']}", flush=True)
+        model = resume(run.checkpoint, env, callbacks, device=settings.device, model_class=algorithm)
+    else:
+        model = algorithm(policy, env, seed=run.seed, device=settings.device, **settings.kwargs)
+        if run.log:
+            model.set_logger(configure(str(run.folder / f"seed{run.seed}_log"), ["csv"]))
+        model.learn(settings.steps, callback=callbacks)
     if run.save:
         model.save(run.folder / f"seed{run.seed}.zip")
     env.close()
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
 
 
 def run_all(runs: list[Run], jobs: int) -> int:
@@ -279,9 +300,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the algorithm, as YAML")
     parser.add_argument("--name", help="results folder of an experiment, needed with --set")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        help="environment steps between checkpoints, much longer than an episode; none if left out",
+    )
     parser.add_argument("--log", action="store_true", help="keep everything that the algorithm logs, in seed<k>_log/")
     parser.add_argument("--save", action="store_true", help="keep the trained model, as seed<k>.zip")
     args = parser.parse_args(arguments)
+    if args.checkpoint_every is not None:
+        if args.log:
+            parser.error("--log and --checkpoint-every do not go together: a log does not go on where it was interrupted")
+        if args.checkpoint_every % args.eval_every != 0:
+            parser.error(
+                "--checkpoint-every must be a multiple of --eval-every, where no training cost is left to be recorded"
+            )
+        for algorithm in args.algorithms:
+            if not issubclass(ALGORITHMS[algorithm][0], ALGD):
+                parser.error(f"--checkpoint-every: there are no checkpoints for {algorithm}, start it in a command of its own")
     if args.set and not args.name:
         parser.error("--set changes the algorithm: name the experiment with --name")
     if args.name and len(args.algorithms) != 1:
@@ -308,6 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
                 n_envs=args.envs,
                 device=args.device,
                 kwargs=merged(ALGORITHMS[algorithm][2], overrides),
+                checkpoint_every=args.checkpoint_every,
             )
             folder = args.out / task / (args.name or algorithm)
             prepare_folder(folder, settings)

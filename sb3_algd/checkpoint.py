@@ -46,6 +46,7 @@ class ResumableCheckpointCallback(BaseCallback):
 
     A kill at any moment, also while a checkpoint is being stored, leaves a complete one behind. Episodes that run when a
     checkpoint is stored end there (see :mod:`sb3_algd.checkpoint`), so make ``save_freq`` many times the length of an episode.
+    Other callbacks are told of it by a call of their method ``episodes_restarted()``, if they have one.
 
     :param save_freq: Environment steps, of all environments together, between two checkpoints. One more is stored at the end
         of ``learn()``.
@@ -127,6 +128,10 @@ class ResumableCheckpointCallback(BaseCallback):
         model.replay_buffer.end_episodes()
         seed = int(np.random.randint(2**31))
         restart_episodes(model, seed)
+        for callback in self._others().values():
+            # One that adds up over an episode would not notice, because no episode is done
+            if hasattr(callback, "episodes_restarted"):
+                callback.episodes_restarted()
         state = {
             "seed": seed,
             "observation": _original_observation(model),
@@ -281,8 +286,7 @@ def resume(
     Go on with a training that was interrupted, from its last checkpoint to its end.
 
     The rest of the training is the same as without the interruption if everything given here is as it was in the interrupted
-    run. Callbacks take up their counts and results again (numbers, texts, arrays, and lists or dictionaries of these);
-    :class:`~sb3_algd.recorder.LearningCurveRecorder`, which writes a file row by row, starts that afresh.
+    run. Callbacks take up their counts and results again (numbers, texts, arrays, and lists or dictionaries of these).
 
     :param path: Folder of the checkpoint, ``save_path`` of the :class:`ResumableCheckpointCallback`
     :param env: The environment, made and wrapped as in the interrupted run

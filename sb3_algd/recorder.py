@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -69,6 +69,18 @@ def describe(row: Row) -> str:
     )
 
 
+class Stopwatch:
+    """Measures seconds. Not a number, so that no checkpoint takes its reading to another process."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        """:return: Seconds since the lap before, or since the start."""
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
+
+
 class LearningCurveRecorder(BaseCallback):
     """
     Evaluate the policy every ``eval_freq`` steps and at the end of training, and append a row to a CSV file each time.
@@ -76,7 +88,8 @@ class LearningCurveRecorder(BaseCallback):
     Training is the same, number for number, as without it: evaluations have environments of their own and leave the global
     random generators as they were. Costs are in the unit of the limit (a discounted sum if the limit is one).
 
-    While training runs the file is named ``<path>.partial``, it gets its name when training has ended.
+    While training runs the file is named ``<path>.partial``, it gets its name when training has ended. A training that is
+    resumed (:func:`sb3_algd.checkpoint.resume`) goes on with the rows and the time that it had at its checkpoint.
 
     :param path: The CSV file.
     :param make_eval_env: Makes that many environments, stepped together. They must not be normalised.
@@ -113,6 +126,8 @@ class LearningCurveRecorder(BaseCallback):
         self.cost_gamma = cost_gamma
         self.on_row = on_row
         self.rows: list[Row] = []
+        #: Time spent on training alone, which is what a user without this recorder would wait for
+        self.seconds = 0.0
 
     def _on_training_start(self) -> None:
         if np.size(getattr(self.model, "cost_limit", 0.0)) != 1:
@@ -128,12 +143,10 @@ class LearningCurveRecorder(BaseCallback):
         self._training_costs = EpisodeCostTracker(self.training_env.num_envs, 1, self.cost_gamma, window=self.eval_freq)
         self._next_eval = self.num_timesteps + self.eval_freq
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = self.partial_path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._started, self._evaluating = time.monotonic(), 0.0
+        self._stopwatch = Stopwatch()
 
     def _on_step(self) -> bool:
+        self.seconds += self._stopwatch.lap()
         costs, _ = read_costs(self.locals["infos"], self.cost_key, 1)
         self._training_costs.update(costs, self.locals["dones"])
         if self.num_timesteps >= self._next_eval:
@@ -141,10 +154,12 @@ class LearningCurveRecorder(BaseCallback):
             self._record()
         return True
 
+    def episodes_restarted(self) -> None:
+        """Forget the running training episodes: the environments were reset before their end."""
+        self._training_costs.start_episodes(self.training_env.num_envs)
+
     def _record(self) -> None:
-        began = time.monotonic()
-        # Rows hold the time spent on training alone, which is what a user without this recorder would wait for
-        seconds = began - self._started - self._evaluating
+        self.seconds += self._stopwatch.lap()
         returns, costs = self._play(self.stochastic_env, self.n_episodes, deterministic=False)
         returns_det, costs_det = self._play(self.deterministic_env, self.n_deterministic, deterministic=True)
         train_costs = self._training_costs.discounted_costs
@@ -159,17 +174,24 @@ class LearningCurveRecorder(BaseCallback):
             "cost_det": np.mean(costs_det),
             "train_cost": np.mean(train_costs) if train_costs else np.nan,
             "multiplier": np.nan if multiplier is None else float(multiplier.value),
-            "seconds": seconds,
+            "seconds": self.seconds,
         }
         train_costs.clear()
-        self._writer.writerow({key: f"{value:.6g}" if key != "step" else value for key, value in row.items()})
-        # A run may be killed at any time; what it has measured must be on disk by then
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self.rows.append({key: float(value) for key, value in row.items()})
-        self._evaluating += time.monotonic() - began
+        self._write()
         if self.on_row is not None:
             self.on_row(self.rows[-1])
+        self._stopwatch.lap()
+
+    def _write(self) -> None:
+        with self.partial_path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({key: int(value) if key == "step" else f"{value:.6g}" for key, value in row.items()})
+            # A run may be killed at any time; what it has measured must be on disk by then
+            file.flush()
+            os.fsync(file.fileno())
 
     def _play(self, env: VecEnv, n_episodes: int, deterministic: bool) -> tuple[list[float], np.ndarray]:
         """Return and cost of each of ``n_episodes`` episodes, whose seeds depend on the run's seed and on the step alone."""
@@ -193,7 +215,6 @@ class LearningCurveRecorder(BaseCallback):
     def _on_training_end(self) -> None:
         if not self.rows or self.rows[-1]["step"] != self.num_timesteps:
             self._record()
-        self._file.close()
         self.partial_path.replace(self.path)
         self.stochastic_env.close()
         self.deterministic_env.close()

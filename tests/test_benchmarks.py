@@ -14,6 +14,8 @@ import pytest
 import run
 import yaml
 
+from sb3_algd.plotting import read_curve
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = ["--tasks", "TwoModes-v0", "--episodes", "2", "--jobs", "2"]
 #: Networks of this size make no sense, but are quick
@@ -86,6 +88,52 @@ def test_a_killed_run_starts_afresh(tmp_path: Path) -> None:
     assert "1 runs, 0 finished before, 1 to do" in call(tmp_path, *arguments)
     assert (folder / "seed0.csv").read_text().count("\n") == 3
     assert not partial.exists()
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    arguments = ["--algorithms", "sac-lagrangian", "--seeds", "0", "--steps", "480", "--eval-every", "80", *TINY]
+    arguments += ["learning_starts=20", "--checkpoint-every", "160"]
+    call(tmp_path / "whole", *arguments)
+
+    folder = tmp_path / "killed" / "TwoModes-v0" / "tiny"
+    partial, manifest = folder / "seed0.csv.partial", folder / "seed0_checkpoint" / "checkpoint.json"
+    process = subprocess.Popen(
+        command(tmp_path / "killed", *arguments), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    # One row later than the checkpoint, which the run has to make again
+    while not (manifest.exists() and partial.read_text().count("\n") >= 4):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert not (folder / "seed0.csv").exists()
+
+    assert "goes on from step" in call(tmp_path / "killed", *arguments)
+    curve, whole = (
+        read_curve(path / "TwoModes-v0" / "tiny" / "seed0.csv") for path in (tmp_path / "killed", tmp_path / "whole")
+    )
+    assert curve["step"].tolist() == [80, 160, 240, 320, 400, 480]
+    for column in curve.keys() - {"seconds"}:
+        np.testing.assert_array_equal(curve[column], whole[column], column)
+    assert (np.diff(curve["seconds"]) > 0).all()
+    assert not manifest.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algorithms", "sac", "--checkpoint-every", "4000"], "no checkpoints for sac"),
+        (["--checkpoint-every", "3000"], "multiple"),
+        (["--checkpoint-every", "4000", "--log"], "--log"),
+    ],
+)
+def test_checkpoints_that_cannot_be_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
