@@ -44,7 +44,7 @@ def sample_algd_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         "multiplier_space": trial.suggest_categorical("multiplier_space", ["log", "projected"]),
         "multiplier_signal": trial.suggest_categorical("multiplier_signal", ["buffer", "policy", "episodes"]),
         # The score
-        "score_temperature": trial.suggest_float("score_temperature", 0.1, 10.0, log=True),
+        "score_temperature": trial.suggest_float("score_temperature", 0.01, 10.0, log=True),
         "n_score_samples": trial.suggest_categorical("n_score_samples", [2, 4, 8]),
         "score_coef": trial.suggest_float("score_coef", 0.01, 1.0, log=True),
         "score_pairing": trial.suggest_categorical("score_pairing", ["after", "before"]),
