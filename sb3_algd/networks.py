@@ -35,14 +35,17 @@ class BoundDenoiser:
     """
 
     def __init__(self, network: "DenoisingNetwork", features: th.Tensor) -> None:
-        first = network.mlp[0]
-        assert isinstance(first, nn.Linear)
+        layers: list[Any] = list(network.mlp)
+        first = layers[0]
         state_weight, action_weight, step_weight = first.weight.split(
             [network.features_dim, network.action_dim, STEP_EMBEDDING_DIM], dim=1
         )
         self._action_dim = network.action_dim
-        self._tail = list(network.mlp)[1:]
-        self._action_weight = action_weight
+        # Activation function, weight and bias of each further layer: calls of the layers themselves take longer
+        self._tail: list[tuple[Any, Any, Any]] = [
+            (activation, layer.weight, layer.bias) for activation, layer in zip(layers[1::2], layers[2::2], strict=True)
+        ]
+        self._action_weight = action_weight.t()
         #: Number of states
         self.batch_size = features.shape[0]
         self._from_state = F.linear(features, state_weight, first.bias)
@@ -55,11 +58,9 @@ class BoundDenoiser:
     def _output(self, action: th.Tensor, step: int | th.Tensor) -> th.Tensor:
         several = isinstance(step, th.Tensor)
         base = self._from_state + self._from_step[step] if several else self._from_state_and_steps[step]
-        return self._finish(th.addmm(base, action, self._action_weight.t()))
-
-    def _finish(self, hidden: th.Tensor) -> th.Tensor:
-        for layer in self._tail:
-            hidden = layer(hidden)
+        hidden = th.addmm(base, action, self._action_weight)
+        for activation, weight, bias in self._tail:
+            hidden = F.linear(activation(hidden), weight, bias)
         # Single precision also under autocast
         return hidden.float()
 
