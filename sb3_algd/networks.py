@@ -280,13 +280,43 @@ class BoundCritic:
         :param values_gradient: Gradient with respect to the values, shape (E, ..., batch, n_outputs).
         :return: Gradient with respect to the actions, shape (..., batch, action_dim).
         """
-        critic, shape = self._critic, values_gradient.shape[1:-1]
+        shape = values_gradient.shape[1:-1]
         gradient = values_gradient.flatten(1, -2)
-        for depth in reversed(range(1, len(critic.weights))):
-            hidden, weight = self._hidden[depth - 1], critic.weights[depth].transpose(1, 2)
+        if not skips_rows(gradient.device):
+            return self._backward(gradient, self._hidden, slice(None)).sum(dim=0).view(*shape, -1)
+        total = gradient.new_zeros(gradient.shape[1], self._action_weight.shape[1])
+        for member, needed in enumerate(gradient.any(dim=2)):
+            one, rows = slice(member, member + 1), needed.nonzero().squeeze(1)
+            if len(rows) == len(needed):
+                total += self._backward(gradient[one], [hidden[one] for hidden in self._hidden], one)[0]
+            elif len(rows) > 0:
+                hidden = [hidden[one].index_select(1, rows) for hidden in self._hidden[:-1]]
+                total.index_add_(0, rows, self._backward(gradient[one].index_select(1, rows), hidden, one)[0])
+        return total.view(*shape, -1)
+
+    def _backward(self, gradient: th.Tensor, hidden: list[th.Tensor], members: slice) -> th.Tensor:
+        """
+        :param gradient: Gradient with respect to the values of some members and rows, shape (members, rows, n_outputs).
+        :param hidden: What each layer gave for them, before the activation function, shape (members, rows, width).
+        :param members: Which members they are.
+        :return: Gradient with respect to the actions, shape (members, rows, action_dim).
+        """
+        for depth in reversed(range(1, len(self._critic.weights))):
+            weight = self._critic.weights[depth][members].transpose(1, 2)
             gradient = gradient * weight if weight.shape[1] == 1 else th.bmm(gradient, weight)
-            gradient = _before_activation(critic.activation, hidden, gradient.to(hidden.dtype))
-        return th.bmm(gradient, self._action_weight.transpose(1, 2)).float().sum(dim=0).view(*shape, -1)
+            gradient = _before_activation(self._critic.activation, hidden[depth - 1], gradient.to(hidden[depth - 1].dtype))
+        return th.bmm(gradient, self._action_weight[members].transpose(1, 2)).float()
+
+
+def skips_rows(device: th.device) -> bool:
+    """
+    Whether the critics' backward pass leaves out the rows whose gradient is zero: those where another reward critic has the
+    minimum, and for the cost critics those where the constraint is not active.
+
+    :param device: Device of the gradient.
+    :return: True on CPUs; accelerators would have to be waited for to learn which rows these are.
+    """
+    return device.type == "cpu"
 
 
 def _before_activation(activation: nn.Module, hidden: th.Tensor, gradient: th.Tensor) -> th.Tensor:

@@ -34,10 +34,17 @@ def make_critic(n_outputs: int, activation_fn: Any = th.nn.SiLU, net_arch: tuple
 @pytest.mark.parametrize("n_outputs", [1, 3])
 @pytest.mark.parametrize("net_arch", [(), (8,), (8, 8), (8, 4, 8)])
 @pytest.mark.parametrize("activation_fn", [th.nn.ReLU, th.nn.SiLU, th.nn.Tanh, th.nn.PReLU, partial(th.nn.ELU, inplace=True)])
-def test_the_gradient_by_hand_is_autograds(n_outputs: int, net_arch: tuple[int, ...], activation_fn: Any) -> None:
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_gradient_by_hand_is_autograds(
+    n_outputs: int, net_arch: tuple[int, ...], activation_fn: Any, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_algd.networks.skips_rows", lambda device: skips)
     critic = make_critic(n_outputs, activation_fn, net_arch)
     features, actions = th.randn(7, 3), th.randn(4, 7, 2, requires_grad=True)
     weights = th.randn(3, 4, 7, n_outputs)
+    # All rows of one member, some of another, none of the third
+    weights[1, th.rand(4, 7) < 0.5] = 0.0
+    weights[2] = 0.0
     one_by_one = th.stack([critic(features, action) for action in actions], dim=1)
     (expected,) = th.autograd.grad((weights * one_by_one).sum(), actions)
     with th.no_grad():
@@ -190,6 +197,7 @@ class Readings(TorchDispatchMode):
     ],
 )
 def test_an_update_never_reads_from_the_device(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_algd.networks.skips_rows", lambda device: False)
     # Let an optimizer on the CPU step as it does in a recording
     module = sys.modules[th.optim.Adam.__module__]
     monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *args, **kwargs: ["cpu"])
