@@ -282,14 +282,12 @@ class BoundCritic:
         """
         shape = values_gradient.shape[1:-1]
         gradient = values_gradient.flatten(1, -2)
-        if not skips_rows(gradient.device):
+        if not skips_rows(gradient.device) or (needed := gradient.any(dim=2)).all():
             return self._backward(gradient, self._hidden, slice(None)).sum(dim=0).view(*shape, -1)
         total = gradient.new_zeros(gradient.shape[1], self._action_weight.shape[1])
-        for member, needed in enumerate(gradient.any(dim=2)):
-            one, rows = slice(member, member + 1), needed.nonzero().squeeze(1)
-            if len(rows) == len(needed):
-                total += self._backward(gradient[one], [hidden[one] for hidden in self._hidden], one)[0]
-            elif len(rows) > 0:
+        for member in range(len(needed)):
+            one, rows = slice(member, member + 1), needed[member].nonzero().squeeze(1)
+            if len(rows) > 0:
                 hidden = [hidden[one].index_select(1, rows) for hidden in self._hidden[:-1]]
                 total.index_add_(0, rows, self._backward(gradient[one].index_select(1, rows), hidden, one)[0])
         return total.view(*shape, -1)
