@@ -5,16 +5,19 @@ How fast ALGD updates and acts, as ratios to SB3's SAC measured in the same run.
     python benchmarks/speed.py --parts updates --rounds 15
 
 The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, 4 cost critics, 4 score
-samples, 5 denoising steps. SAC has two hidden layers of 256, as ALGD's critics. The algorithms take turns, so that a machine
-that slows down slows all of them; the figures are medians over the rounds.
+samples, 5 denoising steps. SAC has two hidden layers of 256, as ALGD's critics. Each model has a process of its own, as in a
+training, and they take turns, so that a machine that slows down slows all of them; the figures are medians over the rounds.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_algd import ALGD
+from sb3_algd.acceleration import keep_freed_memory
 
 BATCH_SIZE = 256
 #: Changes of the standard setting for the table of growth: name -> (keyword arguments, batch size, number of constraints)
@@ -57,7 +61,8 @@ class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
     action_space: spaces.Space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
     def __init__(self, n_constraints: int = 1) -> None:
-        self.cost_limit = [10.0] * n_constraints
+        # Every action counts as too costly: where the constraint is not active, updates are faster
+        self.cost_limit = [0.0] * n_constraints
         self.cost_limit_discounted = False
 
     def _observe(self) -> np.ndarray:
@@ -114,6 +119,67 @@ def rate(function: Callable[[], Any], count: int, device: str) -> float:
     return count / (time.perf_counter() - start)
 
 
+class ModelProcess:
+    """
+    A model in a process of its own, which does nothing until it is asked.
+
+    :param make: Makes the model.
+    :param device: Device.
+    """
+
+    def __init__(self, make: Callable[[], OffPolicyAlgorithm], device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, device, th.get_num_threads()), daemon=True).start()
+        self._connection.recv()
+
+    def rate(self, work: Callable[[OffPolicyAlgorithm, int], None], count: int) -> float:
+        """
+        :param work: Does something with the model that many times.
+        :param count: How many times.
+        :return: Times per second.
+        """
+        self._connection.send((work, count))
+        return self._connection.recv()
+
+
+def _serve(connection: Connection, make: Callable[[], OffPolicyAlgorithm], device: str, threads: int) -> None:
+    """What runs in the process of a model."""
+    th.set_num_threads(threads)
+    model = make()
+    connection.send(None)
+    # Until the other side is closed
+    with suppress(EOFError):
+        while True:
+            work, count = connection.recv()
+            connection.send(rate(partial(work, model, count), count, device))
+
+
+def train(model: OffPolicyAlgorithm, count: int) -> None:
+    """Updates in one call."""
+    model.train(count, BATCH_SIZE)
+
+
+def train_one_by_one(model: OffPolicyAlgorithm, count: int) -> None:
+    """Updates in a call each, as with ``gradient_steps=1``, the default of both."""
+    for _ in range(count):
+        model.train(1, BATCH_SIZE)
+
+
+def predict(n_observations: int, model: OffPolicyAlgorithm, count: int) -> None:
+    """Actions for several observations at once, or for a single one."""
+    obs = np.random.default_rng(0).uniform(-1.0, 1.0, (n_observations, 76)).astype(np.float32)
+    obs = obs[0] if n_observations == 1 else obs
+    for _ in range(count):
+        model.predict(obs)
+
+
+def make_sac_that_keeps_memory(device: str) -> OffPolicyAlgorithm:
+    """SAC with the setting of the C library that ALGD makes."""
+    keep_freed_memory()
+    return make_model("sac", device)
+
+
 def compare(tasks: Mapping[str, Callable[[], float]], rounds: int, reference: str) -> pd.DataFrame:
     """
     :param tasks: Name -> one measurement of its rate.
@@ -135,41 +201,34 @@ def compare(tasks: Mapping[str, Callable[[], float]], rounds: int, reference: st
 
 def measure_updates(rounds: int, device: str) -> pd.DataFrame:
     """Gradient updates per second, at the standard setting."""
-    models: dict[str, OffPolicyAlgorithm] = {"sac": make_model("sac", device)}
+    makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
+    if device == "cpu":
+        makers["sac, freed memory kept"] = partial(make_sac_that_keeps_memory, device)
     for kind in ("ve", "ddpm"):
-        models[f"algd-{kind}"] = make_model(kind, device)
-        models[f"algd-{kind}, bfloat16"] = make_model(kind, device, reduced_precision=True)
+        make = partial(make_model, kind, device)
+        makers[f"algd-{kind}"] = make
+        makers[f"algd-{kind}, constraint not active"] = partial(make, cost_limit=1e6)
+        makers[f"algd-{kind}, bfloat16"] = partial(make, reduced_precision=True)
         if device == "cuda":
-            models[f"algd-{kind}, graph"] = make_model(kind, device, cuda_graph=True)
-            models[f"algd-{kind}, graph, bfloat16"] = make_model(kind, device, cuda_graph=True, reduced_precision=True)
+            makers[f"algd-{kind}, graph"] = partial(make, cuda_graph=True)
+            makers[f"algd-{kind}, graph, bfloat16"] = partial(make, cuda_graph=True, reduced_precision=True)
+    models = {name: ModelProcess(make, device) for name, make in makers.items()}
     count = 200 if device == "cuda" else 20
-    tasks = {name: partial(rate, partial(model.train, count, BATCH_SIZE), count, device) for name, model in models.items()}
-
-    def train_one_by_one(model: OffPolicyAlgorithm) -> None:
-        for _ in range(count):
-            model.train(1, BATCH_SIZE)
-
-    # As with gradient_steps=1, the default of both
+    tasks = {name: partial(model.rate, train, count) for name, model in models.items()}
     for name in ("sac", "algd-ve"):
-        tasks[f"{name}, one per call"] = partial(rate, partial(train_one_by_one, models[name]), count, device)
+        tasks[f"{name}, one per call"] = partial(models[name].rate, train_one_by_one, count)
     return compare(tasks, rounds, "sac")
 
 
 def measure_predictions(rounds: int, device: str) -> pd.DataFrame:
     """Calls of ``predict`` per second, for several numbers of observations at once."""
-    models = {"sac": make_model("sac", device), "algd-ve": make_model("ve", device), "algd-ddpm": make_model("ddpm", device)}
+    kinds = {"sac": "sac", "algd-ve": "ve", "algd-ddpm": "ddpm"}
+    models = {name: ModelProcess(partial(make_model, kind, device), device) for name, kind in kinds.items()}
     tables = []
     for n_observations in (1, 8, 64, 1024):
-        obs = np.random.default_rng(0).uniform(-1.0, 1.0, (n_observations, 76)).astype(np.float32)
-        obs = obs[0] if n_observations == 1 else obs
         count = 200 if n_observations < 1024 else 40
-
-        def predict(model: OffPolicyAlgorithm, obs: np.ndarray = obs, count: int = count) -> None:
-            for _ in range(count):
-                model.predict(obs)
-
-        tasks = {name: partial(rate, partial(predict, model), count, device) for name, model in models.items()}
-        table = compare(tasks, rounds, "sac")
+        work = partial(predict, n_observations)
+        table = compare({name: partial(model.rate, work, count) for name, model in models.items()}, rounds, "sac")
         tables.append(table.reset_index().assign(observations=n_observations))
     return pd.concat(tables).set_index(["observations", "what"])
 

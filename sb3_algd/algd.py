@@ -527,18 +527,16 @@ class ALGD(OffPolicyAlgorithm):
             # Each member is trained against its own target
             cost_targets = batch.costs + (1 - batch.cost_dones) * cost_discounts * next_costs
 
-        # Sum over the critics of the mean squared error
+        # Sum over the reward critics of the mean squared error; over the cost critics the mean
         values = self.critic(batch.observations, batch.actions)
         critic_loss = (values - targets).square().mean(dim=(1, 2)).sum()
-        self.critic.optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic.optimizer.step()
-
-        # Mean over the members as well
         cost_values = self.cost_critic(batch.observations, batch.actions)
         cost_critic_loss = F.mse_loss(cost_values, cost_targets)
+        self.critic.optimizer.zero_grad()
         self.cost_critic.optimizer.zero_grad()
-        cost_critic_loss.backward()
+        # They have no parameter in common
+        (critic_loss + cost_critic_loss).backward()
+        self.critic.optimizer.step()
         self.cost_critic.optimizer.step()
 
         risk = estimate_risk(cost_values.detach(), self.cost_risk_coef).mean(dim=0)
@@ -604,15 +602,19 @@ class ALGD(OffPolicyAlgorithm):
         :return: Energy, shape (n, batch); gradient with respect to the actions, shape (n, batch, action_dim);
             risk, shape (n, batch, n_constraints); all detached
         """
-        actions.requires_grad_()
         with th.no_grad():
-            critic_features = self.critic.features(observations)
-            cost_critic_features = self.cost_critic.features(observations)
-        value = self.critic.bind(critic_features).values(actions).amin(dim=0).squeeze(-1)
-        risk = estimate_risk(self.cost_critic.bind(cost_critic_features).values(actions), self.cost_risk_coef)
+            critic = self.critic.bind(self.critic.features(observations))
+            cost_critic = self.cost_critic.bind(self.cost_critic.features(observations))
+            values, cost_values = critic.values(actions), cost_critic.values(actions)
+        # Through the few operations between values and energy with autograd, through the critics by hand
+        values.requires_grad_()
+        cost_values.requires_grad_()
+        risk = estimate_risk(cost_values, self.cost_risk_coef)
+        value = values.amin(dim=0).squeeze(-1)
         energy = augmented_lagrangian(value, risk, self.lagrange_multiplier.value, self._budget, self.rho)
-        # Only the actions get a gradient, the critics' weights do not
-        (energy_grad,) = th.autograd.grad(energy.sum(), actions)
+        value_gradients, cost_gradients = th.autograd.grad(energy.sum(), [values, cost_values])
+        with th.no_grad():
+            energy_grad = critic.action_gradient(value_gradients) + cost_critic.action_gradient(cost_gradients)
         return energy.detach(), energy_grad, risk.detach()
 
     def _episode_risk(self) -> th.Tensor | None:

@@ -25,10 +25,10 @@ def estimate_risk(cost_values: th.Tensor, coef: float) -> th.Tensor:
     :param coef: How many standard deviations are added.
     :return: Risk, shape (..., n_c).
     """
-    mean = cost_values.mean(dim=0)
     if cost_values.shape[0] == 1 or coef == 0.0:
-        return mean
-    return mean + coef * cost_values.var(dim=0).clamp_min(MIN_VARIANCE).sqrt()
+        return cost_values.mean(dim=0)
+    variance, mean = th.var_mean(cost_values, dim=0)
+    return mean + coef * variance.clamp_min(MIN_VARIANCE).sqrt()
 
 
 def augmented_lagrangian(

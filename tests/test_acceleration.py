@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,36 @@ from tests.test_algd import make_env, make_model, same, weights
 from tests.test_buffers import CostlyBitFlipping
 
 
-def make_critic(n_outputs: int) -> EnsembleCritic:
+def make_critic(n_outputs: int, activation_fn: Any = th.nn.SiLU, net_arch: tuple[int, ...] = (8, 8)) -> EnsembleCritic:
     obs_space, action_space = spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,))
     extractor = FlattenExtractor(obs_space)
     return EnsembleCritic(
-        obs_space, action_space, [8, 8], extractor, 3, th.nn.SiLU, n_critics=3, n_outputs=n_outputs, narrow_init=True
+        obs_space, action_space, list(net_arch), extractor, 3, activation_fn, n_critics=3, n_outputs=n_outputs
     )
 
 
 @pytest.mark.parametrize("n_outputs", [1, 3])
-def test_stacked_and_single_products_give_the_same_values_and_gradients(
-    n_outputs: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("net_arch", [(), (8,), (8, 8), (8, 4, 8)])
+@pytest.mark.parametrize("activation_fn", [th.nn.ReLU, th.nn.SiLU, th.nn.Tanh, th.nn.PReLU, partial(th.nn.ELU, inplace=True)])
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_gradient_by_hand_is_autograds(
+    n_outputs: int, net_arch: tuple[int, ...], activation_fn: Any, skips: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    critic = make_critic(n_outputs)
+    monkeypatch.setattr("sb3_algd.networks.skips_rows", lambda device: skips)
+    critic = make_critic(n_outputs, activation_fn, net_arch)
     features, actions = th.randn(7, 3), th.randn(4, 7, 2, requires_grad=True)
-    results = []
-    for stacked in (True, False):
-        monkeypatch.setattr("sb3_algd.networks.computes_stacked", lambda device, stacked=stacked: stacked)
-        several = critic.bind(features).values(actions)
-        one = critic(features, actions[0])
-        gradients = th.autograd.grad(several.square().sum() + one.pow(3).sum(), [actions, *critic.weights, *critic.biases])
-        results.append([several, one, *gradients])
-    assert results[0][0].shape == (3, 4, 7, n_outputs)
-    for a, b in zip(*results, strict=True):
-        th.testing.assert_close(a, b)
+    weights = th.randn(3, 4, 7, n_outputs)
+    # All rows of one member, some of another, none of the third
+    weights[1, th.rand(4, 7) < 0.5] = 0.0
+    weights[2] = 0.0
+    one_by_one = th.stack([critic(features, action) for action in actions], dim=1)
+    (expected,) = th.autograd.grad((weights * one_by_one).sum(), actions)
+    with th.no_grad():
+        bound = critic.bind(features)
+        th.testing.assert_close(bound.values(actions), one_by_one)
+        gradient = bound.action_gradient(weights)
+    th.testing.assert_close(gradient, expected)
+    assert all(parameter.grad is None for parameter in critic.parameters())
 
 
 def test_several_actions_per_state_meet_their_own_state() -> None:
@@ -190,7 +197,7 @@ class Readings(TorchDispatchMode):
     ],
 )
 def test_an_update_never_reads_from_the_device(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.networks.computes_stacked", lambda device: True)
+    monkeypatch.setattr("sb3_algd.networks.skips_rows", lambda device: False)
     # Let an optimizer on the CPU step as it does in a recording
     module = sys.modules[th.optim.Adam.__module__]
     monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *args, **kwargs: ["cpu"])
@@ -314,9 +321,7 @@ def test_reduced_precision_rounds_the_update_but_keeps_single_precision_weights(
         np.testing.assert_allclose(losses[1][name], value, rtol=0.1, atol=0.02, err_msg=name)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_reduced_precision_sees_the_newest_critics(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.networks.computes_stacked", lambda device: stacked)
+def test_reduced_precision_sees_the_newest_critics(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(reduced_precision=True, learning_rate=0.05, learning_starts=60)
     model.learn(60)
     energies = []
