@@ -16,6 +16,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor
 
 from sb3_algd import ALGD
+from sb3_algd.acceleration import set_learning_rate
 from sb3_algd.policies import DiffusionPolicy
 
 
@@ -33,7 +34,9 @@ class GaussianPolicy(DiffusionPolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(observation_space, action_space, lr_schedule, net_arch=net_arch or [256, 256], **kwargs)
+        super().__init__(
+            observation_space, action_space, lr_schedule, net_arch=[256, 256] if net_arch is None else net_arch, **kwargs
+        )
 
     def make_actor(self) -> Actor:  # type: ignore[override]
         """:return: SAC's actor, on the policy's device."""
@@ -48,6 +51,8 @@ class ConstrainedSAC(ALGD):
 
     The entropy coefficient is learned as in SB3's SAC, towards minus the number of action dimensions.
 
+    What concerns the score or the diffusion has no effect.
+
     :param args: See :class:`~sb3_algd.ALGD`
     :param kwargs: See :class:`~sb3_algd.ALGD`
     """
@@ -57,6 +62,8 @@ class ConstrainedSAC(ALGD):
     action_space: spaces.Box
 
     def _setup_model(self) -> None:
+        if self.cuda_graph:
+            raise ValueError("ConstrainedSAC cannot be recorded, its distribution looks at values: leave cuda_graph out.")
         super()._setup_model()
         self.target_entropy = -float(np.prod(self.action_space.shape))
         self.log_ent_coef = th.zeros(1, device=self.device, requires_grad=True)
@@ -64,6 +71,10 @@ class ConstrainedSAC(ALGD):
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [*super()._optimizers(), self.ent_coef_optimizer]
+
+    def _update_learning_rates(self) -> None:
+        super()._update_learning_rates()
+        set_learning_rate(self.ent_coef_optimizer, self.lr_schedule(self._current_progress_remaining))
 
     def _next_values(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         actions, log_prob = self.actor.action_log_prob(next_observations)

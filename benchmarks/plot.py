@@ -6,8 +6,9 @@ Draw the figures and write the tables of what ``benchmarks/run.py`` has left.
 For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own); on standard output
 one Markdown table of the last quarter of the evaluations and one of the ends of the runs.
 
-Statistics: the interquartile mean over seeds and evaluations, with a 95 % bootstrap interval. Whole seeds are drawn, because
-the evaluations of one seed are alike; with three seeds the interval is little more than the range of the seeds.
+Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
+costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
+interval is little more than the range of the seeds. With fewer than four values the interquartile mean is the mean.
 """
 
 import argparse
@@ -31,7 +32,7 @@ N_RESAMPLES = 10_000
 #: How the names of the navigation tasks begin, whose episodes never end early
 NAVIGATION = ("Safexp-", "SafetyPoint", "SafetyCar")
 STATISTICS = (
-    "| task | algorithm | seeds | return, IQM | cost, IQM | limit | evaluations within the limit "
+    "| task | algorithm | seeds | return, IQM | cost, mean | limit | evaluations within the limit "
     "| cost of a training episode | cost of the whole training |"
 )
 ENDS = "| task | algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
@@ -62,17 +63,18 @@ def last_quarter(curves: list[Curve], column: str) -> np.ndarray:
     return np.stack([curve[column][-n_last:] for curve in curves])
 
 
-def with_interval(values: np.ndarray) -> str:
+def with_interval(values: np.ndarray, trimmed: float) -> str:
     """
     :param values: Shape (seeds, evaluations).
-    :return: Interquartile mean over all, and its interval if there are several seeds.
+    :param trimmed: Share of the values that is left out at either end, 0.25 for the interquartile mean.
+    :return: Mean of the others, and its interval if there are several seeds.
     """
-    mean = f"{trim_mean(values.ravel(), 0.25):.1f}"
+    mean = f"{trim_mean(values.ravel(), trimmed):.1f}"
     if len(values) == 1:
         return mean
     low, high = bootstrap(
         (np.arange(len(values)),),
-        lambda seeds: trim_mean(values[seeds].ravel(), 0.25),
+        lambda seeds: trim_mean(values[seeds].ravel(), trimmed),
         n_resamples=N_RESAMPLES,
         vectorized=False,
         method="percentile",
@@ -90,7 +92,8 @@ def total_training_cost(task: str, curves: list[Curve], settings: dict[str, Any]
         plain sums over episodes of fixed length.
     """
     spec = gym.spec(task)
-    if not task.startswith(NAVIGATION) or spec.max_episode_steps is None:
+    discounted = settings["kwargs"].get("cost_limit_discounted", False)
+    if not task.startswith(NAVIGATION) or discounted or spec.max_episode_steps is None:
         return ""
     n_episodes = settings["steps"] / spec.max_episode_steps
     return f"{n_episodes * np.mean([np.nanmean(curve['train_cost']) for curve in curves]):,.0f}"
@@ -109,8 +112,8 @@ def statistics_row(task: str, algorithm: str, curves: list[Curve], settings: dic
         task,
         algorithm,
         str(len(curves)),
-        with_interval(last_quarter(curves, "return_mean")),
-        with_interval(costs),
+        with_interval(last_quarter(curves, "return_mean"), 0.25),
+        with_interval(costs, 0.0),
         "" if limit is None else f"{limit:g}",
         "" if limit is None else f"{np.sum(costs <= limit)} of {costs.size}",
         f"{np.mean([np.nanmean(curve['train_cost']) for curve in curves]):.1f}",
@@ -171,7 +174,7 @@ def main() -> None:
             if chosen:
                 curves = {name: algorithms[name] for name in chosen}
                 plot_learning_curves(curves, args.out / f"{task}{kind}.png", task, limit)
-    print(f"Last {LAST:.0%} of the evaluations, 20 stochastic episodes each: interquartile mean [95 % interval]\n")
+    print(f"Last {LAST:.0%} of the evaluations, stochastic actions: interquartile mean or mean [95 % interval]\n")
     print_table(STATISTICS, statistics)
     print("\nLast evaluation\n")
     print_table(ENDS, ends)

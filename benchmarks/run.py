@@ -103,6 +103,19 @@ class Run:
         return f"{self.folder.parent.name}/{self.folder.name}/seed{self.seed}"
 
 
+def cost_gamma(settings: Settings) -> float | None:
+    """
+    :param settings: Settings of a run.
+    :return: Discount factor of the costs that are recorded; None to go by the model, which knows its limit's unit.
+    """
+    if issubclass(ALGORITHMS[settings.algorithm][0], ALGD):
+        return None
+    env = gym.make(settings.task)
+    discounted = getattr(env.unwrapped, "cost_limit_discounted", False)
+    env.close()
+    return inspect.signature(ALGD).parameters["cost_gamma"].default if discounted else 1.0
+
+
 def make_recorder(run: Run, on_row: Callable[[Row], None]) -> LearningCurveRecorder:
     """:param run: The run. :param on_row: Called with each new row. :return: What writes its learning curve."""
     settings = run.settings
@@ -113,6 +126,7 @@ def make_recorder(run: Run, on_row: Callable[[Row], None]) -> LearningCurveRecor
         n_episodes=settings.n_episodes,
         n_deterministic=settings.n_deterministic,
         seed=run.seed,
+        cost_gamma=cost_gamma(settings),
         on_row=on_row,
     )
 

@@ -131,6 +131,8 @@ class ModelProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, make, device, th.get_num_threads()), daemon=True).start()
+        # Or a process that ends would leave this one waiting for ever
+        theirs.close()
         self._connection.recv()
 
     def rate(self, work: Callable[[OffPolicyAlgorithm, int], None], count: int) -> float:

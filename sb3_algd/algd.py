@@ -75,7 +75,8 @@ class ALGD(OffPolicyAlgorithm):
 
     The defaults are the paper's but for these, which are for one gradient step per environment step instead of about ten
     (docs/results.md has both): ``gradient_steps=1``, ``learning_rate=1e-3``, ``tau=0.02`` and ``target_update_interval=1``.
-    The paper's are 10, 3e-4, 0.005 and 2, and 5000 for ``learning_starts``, which is SB3's here.
+    The paper's are 10, 3e-4, 0.005 and 2, and 5000 for ``learning_starts``, which is SB3's here. Its code also has
+    ``use_policy_at_warmup=True`` and ``score_grad_through_chain=True``.
 
     :param policy: The policy model to use (DiffusionPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str); it reports costs in ``info["cost"]``
@@ -145,7 +146,7 @@ class ALGD(OffPolicyAlgorithm):
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts`` (the paper's code)
         instead of uniformly random actions
     :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
-        losses and optimizers stay in single precision). Faster where the processor has it, see docs/performance.md
+        losses and optimizers stay in single precision). For its effect on speed and learning see docs/performance.md
     :param cuda_graph: Whether updates are recorded as a CUDA graph and replayed. Needs a CUDA device to have an effect, and an
         optimizer with the option ``capturable``, as Adam. Arguments such as ``rho`` must not be changed during ``learn()``
     :param _init_setup_model: Whether or not to build the network at the creation of the instance

@@ -127,7 +127,7 @@ class DiffusionPolicy(BasePolicy):
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: The specification of the networks: a list for all, or ``dict(pi=[...], qf=[...])``
         (``[128, 128, 128]`` for the actor and ``[256, 256]`` for reward and cost critics by default, the paper's)
-    :param activation_fn: Activation function of the actor and the reward critics
+    :param activation_fn: Activation function of the actor and the reward critics, one without randomness of its own
     :param diffusion: Reverse process: ``"ve"`` (variance exploding) or ``"ddpm"``
     :param denoising_steps: Number of denoising steps K
     :param diffusion_kwargs: Constants of the noise schedule, see :class:`~sb3_algd.diffusion.VESDE`

@@ -141,7 +141,10 @@ class LearningCurveRecorder(BaseCallback):
             self.deterministic_env = self.make_eval_env(self.n_deterministic)
         # Longer than any stretch between two evaluations
         self._training_costs = EpisodeCostTracker(self.training_env.num_envs, 1, self.cost_gamma, window=self.eval_freq)
-        self._next_eval = self.num_timesteps + self.eval_freq
+        # The same steps for a training that is resumed between two of them
+        self._next_eval = (self.num_timesteps // self.eval_freq + 1) * self.eval_freq
+        # resume() fills them again after this
+        self.rows, self.seconds = [], 0.0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stopwatch = Stopwatch()
 

@@ -62,8 +62,15 @@ def train(args: argparse.Namespace, folder: Path) -> ALGD:
     :return: The trained model.
     """
     env = make_envs(args.env, seed=args.seed)
-    policy_kwargs = {"diffusion": args.diffusion}
-    model = ALGD("DiffusionPolicy", env, policy_kwargs=policy_kwargs, seed=args.seed, device=args.device)
+    model = ALGD(
+        "DiffusionPolicy",
+        env,
+        # The DDPM type soon is nearly deterministic: with 100 random steps it can get stuck before it has seen anything
+        learning_starts=2000 if args.diffusion == "ddpm" else 100,
+        policy_kwargs={"diffusion": args.diffusion},
+        seed=args.seed,
+        device=args.device,
+    )
     recorder = LearningCurveRecorder(
         folder / "learning_curve.csv",
         lambda n_envs: make_envs(args.env, n_envs),

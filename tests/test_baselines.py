@@ -63,6 +63,16 @@ def test_the_entropy_coefficient_moves_towards_the_target(higher: bool) -> None:
     assert (model.log_ent_coef.item() > before) == higher
 
 
+def test_the_entropy_coefficient_follows_the_schedule() -> None:
+    model = make_model(learning_rate=lambda progress: 1e-2 * progress)
+    assert model.ent_coef_optimizer.param_groups[0]["lr"] == model.critic.optimizer.param_groups[0]["lr"] < 1e-2
+
+
+def test_it_cannot_be_recorded() -> None:
+    with pytest.raises(ValueError, match="cuda_graph"):
+        make_model(cuda_graph=True)
+
+
 def test_it_is_saved_and_goes_on(tmp_path: Path) -> None:
     model = make_model()
     model.save(tmp_path / "model")

@@ -181,6 +181,15 @@ def test_an_experiment_needs_a_name_and_one_algorithm(arguments: list[str], caps
     assert "--name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "task", "expected"),
+    [("sac", "HopperSpeed-v0", 0.99), ("sac", "TwoModes-v0", 1.0), ("sac-lagrangian", "HopperSpeed-v0", None)],
+)
+def test_costs_are_recorded_in_the_unit_of_the_tasks_limit(algorithm: str, task: str, expected: float | None) -> None:
+    settings = run.Settings(task, algorithm, 1, 1, 1, 1, 1, "cpu", {})
+    assert run.cost_gamma(settings) == expected
+
+
 def test_an_unknown_task_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="NoSuchTask"):
         run.main(["--tasks", "NoSuchTask-v0", "--out", str(tmp_path)])
@@ -196,17 +205,17 @@ def test_statistics_are_of_the_last_quarter() -> None:
     # The outlier and what came before do not count
     curves = [make_curve([99, 99, 99, 99, 99, 1, 2], [0] * 7), make_curve([99, 99, 99, 99, 99, 3, 1000], [20] * 7)]
     assert plot.last_quarter(curves, "return_mean").tolist() == [[1, 2], [3, 1000]]
-    text = plot.with_interval(plot.last_quarter(curves, "return_mean"))
+    text = plot.with_interval(plot.last_quarter(curves, "return_mean"), 0.25)
     # Of 1, 2, 3 and 1000 the middle two; then those of a seed drawn twice
     assert text == "2.5 [1.5, 501.5]"
-    row = plot.statistics_row("Safexp-PointButton1-v0", "x", curves, {"cost_limit": 10, "steps": 14_000})
+    row = plot.statistics_row("Safexp-PointButton1-v0", "x", curves, {"cost_limit": 10, "steps": 14_000, "kwargs": {}})
     assert "| 2 of 4 | 10.0 | 350 |" in row
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert plot.with_interval(np.array([[1.0, 2.0, 3.0, 4.0]])) == "2.5"
+    assert plot.with_interval(np.array([[1.0, 2.0, 3.0, 40.0]]), 0.25) == "2.5"
 
 
 def test_the_training_cost_is_summed_up_only_where_the_curve_tells_it() -> None:
     # Its costs are discounted sums over episodes that may end early
-    assert plot.total_training_cost("HopperSpeed-v0", [make_curve([1], [5])], {"steps": 2000}) == ""
+    assert plot.total_training_cost("HopperSpeed-v0", [make_curve([1], [5])], {"steps": 2000, "kwargs": {}}) == ""

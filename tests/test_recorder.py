@@ -14,6 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd import ALGD
+from sb3_algd.checkpoint import ResumableCheckpointCallback, resume
 from sb3_algd.random_state import preserved_random_state
 from sb3_algd.recorder import COLUMNS, LearningCurveRecorder
 
@@ -142,6 +143,23 @@ def test_an_interrupted_run_leaves_its_rows_under_another_name(tmp_path: Path) -
     assert [row["step"] for row in read_rows(tmp_path / "curve.csv.partial")] == ["10", "20"]
     # The next attempt starts afresh
     assert [row["step"] for row in record(make_model(), path, 10)] == ["10"]
+
+
+def test_a_resumed_run_is_evaluated_at_the_same_steps(tmp_path: Path) -> None:
+    # Stored before the first evaluation, when nothing in the recorder has changed yet
+    callbacks = [LearningCurveRecorder(tmp_path / "a.csv", make_envs, 30, 2), ResumableCheckpointCallback(15, tmp_path / "c")]
+    make_model().learn(20, callback=callbacks)
+    (tmp_path / "a.csv").unlink()
+    recorder = LearningCurveRecorder(tmp_path / "a.csv", make_envs, 30, 2)
+    resume(tmp_path / "c", make_vec_env(NoisyCostEnv, 1, seed=3), [recorder], total_timesteps=70)
+    assert [int(row["step"]) for row in read_rows(tmp_path / "a.csv")][-3:] == [30, 60, 70]
+
+
+def test_a_second_run_starts_a_new_curve(tmp_path: Path) -> None:
+    recorder = LearningCurveRecorder(tmp_path / "curve.csv", make_envs, 10, 2)
+    for _ in range(2):
+        make_model().learn(20, callback=recorder)
+        assert [row["step"] for row in read_rows(tmp_path / "curve.csv")] == ["10", "20"]
 
 
 def test_an_algorithm_without_constraint_can_be_recorded(tmp_path: Path) -> None:
