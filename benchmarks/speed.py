@@ -3,6 +3,7 @@ How fast ALGD updates and acts, as ratios to SB3's SAC measured in the same run.
 
     make benchmark                                    # everything, about 10 minutes; writes benchmarks/results/speed
     python benchmarks/speed.py --parts updates --rounds 15
+    python benchmarks/speed.py --trained runs/Safexp-PointButton1-v0_1/model.zip   # updates in an actual training, not stored
 
 The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, 4 cost critics, 4 score
 samples, 5 denoising steps. SAC has two hidden layers of 256, as ALGD's critics. Each model has a process of its own, as in a
@@ -96,6 +97,18 @@ def make_model(kind: str, device: str, n_constraints: int = 1, **kwargs: Any) ->
         policy_kwargs = {"diffusion": kind, **kwargs.pop("policy_kwargs", {})}
         model = ALGD("DiffusionPolicy", env, policy_kwargs=policy_kwargs, **common, **kwargs)
     model.learn(1205)
+    return model
+
+
+def load_model(path: Path, task: str, device: str) -> OffPolicyAlgorithm:
+    """
+    :param path: A saved ALGD model.
+    :param task: Id of the environment that it was trained in.
+    :param device: Device.
+    :return: The model, its replay buffer filled with what it does now, after a few updates.
+    """
+    model = ALGD.load(path, env=gym.make(task), device=device, custom_objects={"learning_starts": 0, "train_freq": 2000})
+    model.learn(2000)
     return model
 
 
@@ -222,6 +235,14 @@ def measure_updates(rounds: int, device: str) -> pd.DataFrame:
     return compare(tasks, rounds, "sac")
 
 
+def measure_trained(paths: list[Path], task: str, rounds: int, device: str) -> pd.DataFrame:
+    """Gradient updates per second of trained models, in what they have come to."""
+    makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
+    makers |= {str(path): partial(load_model, path, task, device) for path in paths}
+    models = {name: ModelProcess(make, device) for name, make in makers.items()}
+    return compare({name: partial(model.rate, train, 20) for name, model in models.items()}, rounds, "sac")
+
+
 def measure_predictions(rounds: int, device: str) -> pd.DataFrame:
     """Calls of ``predict`` per second, for several numbers of observations at once."""
     kinds = {"sac": "sac", "algd-ve": "ve", "algd-ddpm": "ddpm"}
@@ -306,9 +327,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="Threads of PyTorch (its own choice by default)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed")
+    parser.add_argument("--trained", nargs="+", type=Path, default=[], help="Measure updates of these saved models instead")
+    parser.add_argument("--task", default="Safexp-PointButton1-v0", help="What the models of --trained were trained in")
     args = parser.parse_args()
     if args.threads:
         th.set_num_threads(args.threads)
+    if args.trained:
+        print(measure_trained(args.trained, args.task, args.rounds, args.device).to_string(float_format="{:.3g}".format))
+        return
     out = args.out / f"{args.device}-{th.get_num_threads()}threads"
     out.mkdir(parents=True, exist_ok=True)
     tables = {"machine": describe_machine(args.device)}
