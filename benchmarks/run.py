@@ -270,6 +270,12 @@ def defaults_in_force(algorithm: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _flat(described: dict[str, Any]) -> dict[str, Any]:
+    """Settings with all arguments in one place: it does not matter which of them are defaults today."""
+    others = {key: value for key, value in described.items() if key not in ("kwargs", "defaults")}
+    return {**others, **described["defaults"], **described["kwargs"]}
+
+
 def prepare_folder(folder: Path, settings: Settings) -> None:
     """
     Write down what the runs in a folder have in common; runs with other settings must not be mixed with them.
@@ -284,10 +290,10 @@ def prepare_folder(folder: Path, settings: Settings) -> None:
         "cost_limit": declared_limit(settings.task, settings.kwargs),
     }
     if path.exists():
-        stored = yaml.safe_load(path.read_text())
-        differing = [key for key in described if stored.get(key) != described[key] and key != "device"]
+        stored, now = _flat(yaml.safe_load(path.read_text())), _flat(described)
+        differing = [key for key in now if stored.get(key) != now[key] and key != "device"]
         if differing:
-            changes = ", ".join(f"{key}: {stored.get(key)} there, {described[key]} now" for key in differing)
+            changes = ", ".join(f"{key}: {stored.get(key)} there, {now[key]} now" for key in differing)
             raise SystemExit(
                 f"{folder} holds runs with other settings ({changes}). Give this experiment another --name or --out."
             )

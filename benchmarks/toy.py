@@ -47,6 +47,10 @@ COMMON: dict[str, Any] = dict(
     learning_starts=200,
     # The stored actions of the warm-up say nothing about what the policy costs now
     multiplier_signal="policy",
+    # The rest of what concerns the constraint as in the paper
+    multiplier_space="log",
+    multiplier_learning_rate=3e-4,
+    bound_cost_targets=False,
     # The consistent choice: scores are learned in the states that the chain asks for them
     score_pairing="before",
 )

@@ -59,6 +59,10 @@ SIX_TUPLE_ADVICE = (
     "Safety-Gymnasium's (obs, reward, cost, terminated, truncated, info). "
     "Put the cost into info['cost']: wrap the environment in sb3_algd.envs.SixTupleEnv."
 )
+NO_SDE = (
+    "ALGD does not support gSDE (use_sde=True): its diffusion policy explores with the noise of the denoising "
+    "process. Leave use_sde out; use action_noise for additional exploration."
+)
 # multiplier_signal="episodes": how many recent episodes count
 SIGNAL_EPISODES = 5
 # Several batches are drawn from the replay buffer at once, as far as their observations take no more memory
@@ -73,10 +77,13 @@ class ALGD(OffPolicyAlgorithm):
     Maximises the return subject to a limit on the cost of an episode. The augmented Lagrangian of reward and cost critics is
     the energy that guides the policy's denoising process.
 
-    The defaults are the paper's but for these, which are for one gradient step per environment step instead of about ten
-    (docs/results.md has both): ``gradient_steps=1``, ``learning_rate=1e-3``, ``tau=0.02`` and ``target_update_interval=1``.
-    The paper's are 10, 3e-4, 0.005 and 2, and 5000 for ``learning_starts``, which is SB3's here. Its code also has
-    ``use_policy_at_warmup=True`` and ``score_grad_through_chain=True``.
+    The defaults are the paper's but for these; docs/results.md has both.
+
+    - For one gradient step per environment step instead of about ten: ``gradient_steps=1``, ``learning_rate=1e-3``,
+      ``tau=0.02``, ``target_update_interval=1`` (the paper's: 10, 3e-4, 0.005, 2) and SB3's ``learning_starts=100`` (5000).
+    - To keep the limit: ``multiplier_signal="episodes"``, ``multiplier_space="projected"``,
+      ``multiplier_learning_rate=1e-4``, ``bound_cost_targets=True`` (the paper's: ``"buffer"``, ``"log"``, 3e-4, False).
+    - The paper's code also has ``use_policy_at_warmup=True`` and ``score_grad_through_chain=True``.
 
     :param policy: The policy model to use (DiffusionPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str); it reports costs in ``info["cost"]``
@@ -125,15 +132,17 @@ class ALGD(OffPolicyAlgorithm):
     :param multiplier_init: Initial value of the Lagrange multipliers
     :param multiplier_learning_rate: Learning rate of the multipliers, a number or a schedule
     :param multiplier_max: Upper bound of the multipliers
-    :param multiplier_space: ``"log"`` (the paper's) or ``"projected"``, see :class:`~sb3_algd.lagrangian.LagrangeMultiplier`
-    :param multiplier_signal: What moves the multipliers: the risk of the replay buffer's actions (``"buffer"``, the paper's),
-        the risk of the current policy's actions in the same states (``"policy"``), or the costs of the last 5 training
-        episodes (``"episodes"``)
+    :param multiplier_space: ``"projected"`` or ``"log"`` (the paper's), see :class:`~sb3_algd.lagrangian.LagrangeMultiplier`
+    :param multiplier_signal: What moves the multipliers: the costs of the last 5 training episodes (``"episodes"``; of fewer
+        if ``stats_window_size`` is lower), the risk of the replay buffer's actions (``"buffer"``, the paper's), or the risk of
+        the current policy's actions in the same states (``"policy"``). The last two are what the cost critics believe.
     :param score_temperature: Temperature beta of the energy, paper section on the score target
     :param n_score_samples: Number N of Monte-Carlo samples of the score target
     :param guidance_coef: Weight of the policy loss through the denoising chain
     :param score_coef: Weight of the score matching loss
     :param cost_risk_coef: Number of standard deviations over the cost critics that are added to their mean
+    :param bound_cost_targets: Whether what the target cost critics expect counts as no less than the lowest costs seen
+        allow: 0 if there were no negative ones (the paper's code has no such bound)
     :param score_pairing: State that step k's score is learned at: the one ``"after"`` the step's update (the paper's code)
         or the one ``"before"`` it, where sampling evaluates the score
     :param score_space: ``"action"`` (the paper's): samples and gradient of the score target in action space;
@@ -199,15 +208,16 @@ class ALGD(OffPolicyAlgorithm):
         cost_key: CostKey = "cost",
         rho: float = 1.0,
         multiplier_init: float = DEFAULT_MULTIPLIER_INIT,
-        multiplier_learning_rate: float | Schedule = 3e-4,
+        multiplier_learning_rate: float | Schedule = 1e-4,
         multiplier_max: float = 100.0,
-        multiplier_space: Literal["log", "projected"] = "log",
-        multiplier_signal: Literal["buffer", "policy", "episodes"] = "buffer",
+        multiplier_space: Literal["log", "projected"] = "projected",
+        multiplier_signal: Literal["buffer", "policy", "episodes"] = "episodes",
         score_temperature: float = 1.0,
         n_score_samples: int = 4,
         guidance_coef: float = 1.0,
         score_coef: float = 0.1,
         cost_risk_coef: float = 1.0,
+        bound_cost_targets: bool = True,
         score_pairing: ScorePairing = "after",
         score_space: ScoreSpace = "action",
         clip_score_samples: bool = False,
@@ -220,10 +230,7 @@ class ALGD(OffPolicyAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         if use_sde:
-            raise ValueError(
-                "ALGD does not support gSDE (use_sde=True): its diffusion policy explores with the noise of the denoising "
-                "process. Leave use_sde out; use action_noise for additional exploration."
-            )
+            raise ValueError(NO_SDE)
         super().__init__(
             policy,
             env,
@@ -266,6 +273,7 @@ class ALGD(OffPolicyAlgorithm):
         self.guidance_coef = guidance_coef
         self.score_coef = score_coef
         self.cost_risk_coef = cost_risk_coef
+        self.bound_cost_targets = bound_cost_targets
         self.score_pairing = score_pairing
         self.score_space = score_space
         self.clip_score_samples = clip_score_samples
@@ -280,6 +288,7 @@ class ALGD(OffPolicyAlgorithm):
         self._settled: dict[str, Any] = {}
         self._cost_tracker: EpisodeCostTracker | None = None
         self._cost_reported = False
+        self._missing_episode_reported = False
         self._weights_backup = WeightsBackup()
         self._normalization_backup = NormalizationBackup(None)
 
@@ -352,21 +361,27 @@ class ALGD(OffPolicyAlgorithm):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
         if self.episode_length is not None and (self.episode_length < 1 or self.episode_length != int(self.episode_length)):
             raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {self.episode_length}.")
+        if self.policy_kwargs.get("use_sde"):
+            raise ValueError(NO_SDE)
         if "n_constraints" in self.policy_kwargs:
             raise ValueError("n_constraints follows from cost_limit: leave it out of policy_kwargs.")
         if not self.score_temperature > 0.0:
             raise ValueError(f"score_temperature must be > 0, got {self.score_temperature}.")
-        if self.n_score_samples < 1 or self.target_update_interval < 1:
-            raise ValueError(
-                "n_score_samples and target_update_interval must be at least 1, "
-                f"got {self.n_score_samples} and {self.target_update_interval}."
-            )
+        for name in ("n_score_samples", "target_update_interval"):
+            if getattr(self, name) < 1 or getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number, at least 1, got {getattr(self, name)}.")
 
     def _setup_constraint(self) -> None:
         """Settle limit, horizon and budget, from the arguments or from what the environment declares."""
         # At loading: what is as it was saved was not given anew
         loaded = {name: value for name, value in self._settled.items() if np.array_equal(getattr(self, name), value)}
         limits, self.cost_limit_discounted = settle_cost_limit(self.cost_limit, self.cost_limit_discounted, self.env)
+        before = len(self._settled.get("cost_limit", limits))
+        if before != len(limits):
+            raise ValueError(
+                f"cost_limit has {len(limits)} value(s), {limits.tolist()}, but the model was trained with {before} "
+                "constraint(s), which its cost critics are made for: give one limit per constraint, or train a new model."
+            )
         self.cost_limit = limits
         self.n_constraints = len(limits)
         self.episode_length = settle_episode_length(self.episode_length, self.env, warn=not self.cost_limit_discounted)
@@ -377,6 +392,7 @@ class ALGD(OffPolicyAlgorithm):
         self._budget_factor = 1.0 if self.cost_limit_discounted else factor
         self.cost_budget = limits * self._budget_factor
         self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
+        self._cost_floor = th.full_like(self._budget, -np.inf)
         if self.verbose >= 1:
             unit = f"discounted with {self.cost_gamma:g}" if self.cost_limit_discounted else "plain sum"
             print(
@@ -445,15 +461,16 @@ class ALGD(OffPolicyAlgorithm):
         :param batch_size: Number of transitions per update
         """
         assert self.replay_buffer is not None
-        self._weights_backup.renew(self)
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         # Tensors are collected and read once at the end: reading each would wait for the device each time
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
         episode_risk = self._episode_risk()
+        self._set_cost_floor()
 
         for batch in self._sample_batches(gradient_steps, batch_size):
+            self._weights_backup.renew(self)
             self._n_updates += 1
             for name, value in (self._graphed_update or self._update)(batch, episode_risk).items():
                 logs[name].append(value)
@@ -464,6 +481,15 @@ class ALGD(OffPolicyAlgorithm):
                 self.policy.copy_batch_norm_stats()
 
         self._log_training({name: th.stack(values).mean(dim=0) for name, values in logs.items()})
+
+    def _set_cost_floor(self) -> None:
+        """The least that a discounted sum of costs can be, as far as the replay buffer tells, shape (n_constraints,)."""
+        assert self.replay_buffer is not None
+        floor = np.full(self.n_constraints, -np.inf, dtype=np.float32)
+        if self.bound_cost_targets:
+            lowest = self.replay_buffer.lowest_costs
+            floor = np.where(lowest < 0.0, lowest / (1.0 - self.cost_gamma) if self.cost_gamma < 1.0 else -np.inf, 0.0)
+        self._cost_floor.copy_(th.from_numpy(floor))
 
     def _sample_batches(self, gradient_steps: int, batch_size: int) -> Iterator[CostReplayBufferSamples]:
         """Batches on the model's device; several are drawn and moved there at once."""
@@ -518,12 +544,14 @@ class ALGD(OffPolicyAlgorithm):
         One step of reward and cost critics towards their bootstrapped targets.
 
         :param batch: Transitions
-        :return: Losses, and the risk of the stored actions, shape (n_constraints,)
+        :return: Losses, and the risk of the stored actions before the step, shape (n_constraints,)
         """
         discounts = self.gamma if batch.discounts is None else batch.discounts
         cost_discounts = self.cost_gamma if batch.cost_discounts is None else batch.cost_discounts
         with th.no_grad():
             next_values, next_costs = self._next_values(batch.next_observations)
+            # A multiplier that pulls hard otherwise finds actions whose cost is underestimated, down to below zero
+            next_costs = th.maximum(next_costs, self._cost_floor)
             targets = batch.rewards + (1 - batch.dones) * discounts * next_values
             # Each member is trained against its own target
             cost_targets = batch.costs + (1 - batch.cost_dones) * cost_discounts * next_costs
@@ -620,14 +648,31 @@ class ALGD(OffPolicyAlgorithm):
 
     def _episode_risk(self) -> th.Tensor | None:
         """Cost of recent training episodes in the budget's unit, shape (n_constraints,), where it moves the multipliers."""
-        if self.multiplier_signal != "episodes":
+        tracker = self._cost_tracker
+        if self.multiplier_signal != "episodes" or tracker is None:
             return None
-        assert self._cost_tracker is not None
-        recent = self._cost_tracker.discounted_costs if self.cost_limit_discounted else self._cost_tracker.episode_costs
+        recent = tracker.discounted_costs if self.cost_limit_discounted else tracker.episode_costs
         if len(recent) == 0:
+            self._warn_no_episode(tracker)
             return None
         mean_cost = np.mean(list(recent)[-SIGNAL_EPISODES:], axis=0)
         return th.as_tensor(self._budget_factor * mean_cost, dtype=th.float32, device=self.device)
+
+    def _warn_no_episode(self, tracker: EpisodeCostTracker) -> None:
+        """
+        Warn once if there should have been an end of an episode by now.
+
+        :param tracker: What has counted the steps
+        """
+        assert self.episode_length is not None
+        if self._missing_episode_reported or tracker.total_steps <= 2 * self.n_envs * self.episode_length:
+            return
+        self._missing_episode_reported = True
+        warn_user(
+            f"No episode has ended in {tracker.total_steps} steps, so the Lagrange multiplier does not move "
+            f"(multiplier_signal='episodes'; the horizon is {self.episode_length} steps). Wrap the environment in a "
+            "gymnasium.wrappers.TimeLimit, or use multiplier_signal='policy'."
+        )
 
     def _log_training(self, means: dict[str, th.Tensor]) -> None:
         """
@@ -736,8 +781,11 @@ class ALGD(OffPolicyAlgorithm):
         :raises ValueError: If the environment's ``step`` returns six values, or what it returns is not finite
         :raises RuntimeError: If the process of an environment died
         """
+        stored = False
         try:
-            return super().collect_rollouts(*args, **kwargs)
+            rollout = super().collect_rollouts(*args, **kwargs)
+            stored = rollout.continue_training
+            return rollout
         except (EOFError, ConnectionError) as error:
             raise RuntimeError(
                 "An environment in a process of its own (SubprocVecEnv) died; its own error is printed above this one. If "
@@ -747,10 +795,15 @@ class ALGD(OffPolicyAlgorithm):
             self._normalization_backup.restore()
             # What SB3 says of a bare environment, and what Gymnasium's checker says of a registered one
             if not re.search(
-                r"too many values to unpack \(expected 5\)|step.* to return a four or five element tuple", str(error)
+                r"too many values to unpack \(expected 5|step.* to return a four or five element tuple", str(error)
             ):
                 raise
             raise ValueError(SIX_TUPLE_ADVICE) from error
+        finally:
+            if not stored:
+                # An error, or a callback that stops: the environments took a step that is not in the replay buffer. What comes
+                # next would look as if it followed on the step before: the next learn() starts from a reset
+                self._last_obs = None
 
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
         super()._store_transition(replay_buffer, buffer_action, new_obs, *args)
@@ -768,6 +821,9 @@ class ALGD(OffPolicyAlgorithm):
         present = getattr(self, "replay_buffer", None)
         super().load_replay_buffer(path, truncate_last_traj)
         loaded = self.replay_buffer
+        if isinstance(loaded, _CostStorage) and not hasattr(loaded, "lowest_costs"):
+            # Saved by a version that did not note them
+            loaded.lowest_costs = np.minimum(loaded.costs.min(axis=(0, 1)), 0.0)
         if not isinstance(loaded, _CostStorage) or loaded.n_constraints != self.n_constraints:
             self.replay_buffer = present
             raise ValueError(
@@ -857,6 +913,7 @@ class ALGD(OffPolicyAlgorithm):
             "cost_critic",
             "cost_critic_target",
             "_budget",
+            "_cost_floor",
             "_graphed_update",
             "_weights_backup",
             "_normalization_backup",

@@ -70,7 +70,8 @@ def read_costs(infos: Sequence[dict[str, Any]], cost_key: CostKey, n_constraints
         row[:] = cost
     if not np.isfinite(costs).all():
         raise ValueError(
-            f"The environment reported a non-finite cost: {costs.tolist()}. Fix the environment's cost ({cost_key!r})."
+            f"The environment reported a non-finite cost: {costs.tolist()}. Nothing of it was stored; the model can still be "
+            f"saved. Fix the environment's cost ({cost_key!r})."
         )
     return costs, reported
 
@@ -104,6 +105,8 @@ class _CostStorage(ReplayBuffer):
         self.reward_cut_key = reward_cut_key
         #: Number of rows ever stored, overwritten ones too
         self.n_added = 0
+        #: (n_constraints,) lowest costs ever stored, 0 where none was negative
+        self.lowest_costs = np.zeros(n_constraints, dtype=np.float32)
         self.costs = np.zeros((self.buffer_size, self.n_envs, n_constraints), dtype=np.float32)
         self.reward_cuts = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
 
@@ -132,6 +135,7 @@ class _CostStorage(ReplayBuffer):
         check_finite("observation", obs)
         check_finite("reward", np.asarray(reward))
         self.costs[self.pos] = costs
+        self.lowest_costs = np.minimum(self.lowest_costs, costs.min(axis=0))
         if self.reward_cut_key is not None:
             self.reward_cuts[self.pos] = [bool(info.get(self.reward_cut_key, False)) for info in infos]
         super().add(obs, next_obs, action, reward, done, infos)

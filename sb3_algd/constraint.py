@@ -42,9 +42,12 @@ def check_cost_limit(cost_limit: object) -> np.ndarray:
 
     :param cost_limit: A number, or one number per constraint.
     :return: The limits as a float64 array of shape (n_c,).
-    :raises ValueError: If a limit is negative or not finite, or if there is none.
+    :raises ValueError: If a limit is not a number, negative or not finite, or if there is none.
     """
-    limits = np.atleast_1d(np.asarray(cost_limit, dtype=np.float64))
+    try:
+        limits = np.atleast_1d(np.asarray(cost_limit, dtype=np.float64))
+    except (TypeError, ValueError):
+        limits = np.empty(0)
     if limits.ndim != 1 or limits.size == 0:
         raise ValueError(f"cost_limit must be a number or a flat sequence with one number per constraint, got {cost_limit!r}.")
     if not np.all(np.isfinite(limits)) or np.any(limits < 0):

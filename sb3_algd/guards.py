@@ -39,9 +39,13 @@ def check_finite(name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
 
     :param name: What the value is, for the message.
     :param value: Array, or one array per key.
-    :raises ValueError: If a number is not finite.
+    :raises ValueError: If a number is not finite, in single precision.
     """
     for key, array in value.items() if isinstance(value, dict) else [("", value)]:
+        if array.dtype == np.float64:
+            # What networks and most replay buffers make of it
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
         if not np.isfinite(array).all():
             where = f" {key!r}" if key else ""
             raise ValueError(

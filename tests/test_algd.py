@@ -15,6 +15,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise
@@ -215,6 +216,37 @@ def test_critic_update_equals_a_plain_implementation(n_costs: int) -> None:
     th.testing.assert_close(risk, (costs.mean(dim=0) + costs.std(dim=0)).mean(dim=0).detach())
 
 
+@pytest.mark.parametrize(("bound", "lowest", "expected"), [(True, 0.0, 0.0), (True, -0.02, -0.2), (False, 0.0, -5.0)])
+def test_expected_costs_are_no_lower_than_the_costs_seen_allow(bound: bool, lowest: float, expected: float) -> None:
+    model = make_model(cost_gamma=0.9, bound_cost_targets=bound)
+    model.learn(20)  # fills the buffer, no update yet
+    assert model.replay_buffer is not None
+    with th.no_grad():
+        for parameter in model.cost_critic_target.parameters():
+            parameter.zero_()
+        model.cost_critic_target.biases[-1].fill_(-5.0)
+    model.replay_buffer.lowest_costs[:] = lowest
+    model._set_cost_floor()
+    batch: Any = model.replay_buffer.sample(64)
+    values = model.cost_critic(batch.observations, batch.actions).detach()
+    targets = batch.costs + 0.9 * expected  # no episode of this environment terminates
+    metrics, _ = model._update_critics(batch)
+    assert metrics["cost_critic_loss"].item() == pytest.approx((values - targets).square().mean().item(), rel=1e-5)
+
+
+def test_the_bound_of_expected_costs_follows_the_buffer() -> None:
+    model = make_model(make_env(2), cost_limit=[5.0, 5.0], cost_gamma=0.9)
+    model.learn(21)
+    assert model._cost_floor.tolist() == [0.0, 0.0]
+    assert model.replay_buffer is not None
+    model.replay_buffer.lowest_costs[1] = -1.0
+    model.train(1, 16)
+    assert model._cost_floor.tolist() == [0.0, pytest.approx(-10.0)]
+    model.cost_gamma = 1.0
+    model.train(1, 16)
+    assert model._cost_floor.tolist() == [0.0, -float("inf")]
+
+
 def test_score_gradient_through_the_chain_is_an_option() -> None:
     gradients = []
     for through_chain in (False, True):
@@ -237,6 +269,30 @@ def test_multiplier_listens_to_its_signal(signal: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(model, "_update_policy", lambda observations: ({}, high if signal == "policy" else low))
     model.train(1, 16)
     assert model.lagrange_multiplier.value.item() > start
+
+
+def test_a_multiplier_that_no_episode_moves_is_warned_about_once() -> None:
+    model = make_model(CostlyEnv(), episode_length=20)
+    start = model.lagrange_multiplier.value.clone()
+    with pytest.warns(UserWarning, match="No episode has ended in 41 steps") as warned:
+        model.learn(60)
+    assert len([warning for warning in warned if "No episode" in str(warning.message)]) == 1
+    assert th.equal(model.lagrange_multiplier.value, start)
+
+
+def test_training_from_a_loaded_buffer_alone(tmp_path: Path) -> None:
+    trained = make_model().learn(40)
+    assert trained.replay_buffer is not None
+    trained.replay_buffer.costs[3] = -0.5
+    del trained.replay_buffer.lowest_costs  # as saved by an earlier version
+    trained.save_replay_buffer(tmp_path / "buffer")
+    model = make_model()
+    model.load_replay_buffer(tmp_path / "buffer")
+    assert model.replay_buffer is not None and model.replay_buffer.lowest_costs.tolist() == [-0.5]
+    model.set_logger(configure(None, []))
+    before = weights(model)
+    model.train(3, 16)
+    assert not same(weights(model), before)
 
 
 def test_targets_follow_every_second_update_counted_over_the_whole_run() -> None:
@@ -337,6 +393,12 @@ def test_the_saved_model_predicts_the_same_in_a_new_process(tmp_path: Path) -> N
     np.testing.assert_array_equal(deterministic, model.predict(obs, deterministic=True)[0])
     th.manual_seed(0)
     np.testing.assert_array_equal(stochastic, model.predict(obs)[0])
+
+
+def test_loading_with_another_number_of_limits_is_refused(tmp_path: Path) -> None:
+    make_model().save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has 2 value.*trained with 1 constraint"):
+        ALGD.load(tmp_path / "model", cost_limit=[1.0, 2.0])
 
 
 def test_loading_with_another_limit_recomputes_the_budget() -> None:
@@ -586,6 +648,58 @@ def test_a_broken_environment_gives_an_error_and_loses_nothing(tmp_path: Path, w
     assert same(weights(ALGD.load(tmp_path / "model")), weights(model))
 
 
+class CountingEnv(CostlyEnv):
+    """The observation counts steps, through the ends of episodes; the reward is NaN once."""
+
+    def __init__(self, nan_at: int) -> None:
+        super().__init__()
+        self.nan_at = nan_at
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self._count(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        reward = float("nan") if self.steps == self.nan_at else 0.0
+        return self._count(), reward, False, False, {"cost": 0.0}
+
+    def _count(self) -> np.ndarray:
+        self.steps += 1
+        return np.full(3, self.steps, dtype=np.float32)
+
+
+def check_steps_follow_on_each_other(model: ALGD) -> None:
+    buffer = model.replay_buffer
+    assert buffer is not None and buffer.pos > 25
+    before, after = buffer.observations[: buffer.pos, 0, 0], buffer.next_observations[: buffer.pos, 0, 0]
+    assert (after - before).tolist() == [1.0] * buffer.pos
+    ends = buffer.dones[: buffer.pos, 0].astype(bool)
+    # Where it does not go on from one row to the next, an episode has ended
+    assert ends[:-1][before[1:] != after[:-1]].all()
+
+
+@pytest.mark.parametrize("nan_at", [15, 20])  # within an episode, and its last step
+def test_going_on_after_bad_input_stores_true_transitions_only(nan_at: int) -> None:
+    model = make_model(gym.wrappers.TimeLimit(CountingEnv(nan_at), 20), learning_starts=100)
+    with pytest.raises(ValueError, match="non-finite reward"):
+        model.learn(30)
+    model.learn(30, reset_num_timesteps=False)
+    check_steps_follow_on_each_other(model)
+
+
+def test_going_on_after_a_callback_has_stopped_stores_true_transitions_only() -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.num_timesteps != 10
+
+    model = make_model(gym.wrappers.TimeLimit(CountingEnv(-1), 20), learning_starts=100)
+    model.learn(30, callback=Stop())
+    assert model.num_timesteps == 10
+    model.learn(30, reset_num_timesteps=False)
+    check_steps_follow_on_each_other(model)
+
+
 def test_a_registered_six_tuple_environment_gives_the_same_advice() -> None:
     checked = gym.wrappers.PassiveEnvChecker(BrokenEnv("six"))
     with pytest.raises(ValueError, match=r"more than Gymnasium's five values.*wrap"):
@@ -597,19 +711,23 @@ def test_a_registered_six_tuple_environment_gives_the_same_advice() -> None:
     [
         (dict(cost_limit=-1.0), ValueError, "cost_limit must be finite and >= 0"),
         (dict(use_sde=True), ValueError, "does not support gSDE"),
+        (dict(policy_kwargs=dict(use_sde=True)), ValueError, "does not support gSDE"),
         (dict(policy_kwargs=dict(diffusion="flow")), ValueError, "Unknown diffusion type 'flow'"),
         (dict(replay_buffer_class=type("Strange", (ReplayBuffer,), {})), ValueError, "Strange does not store costs"),
         (dict(multiplier_signal="vibes"), ValueError, "multiplier_signal must be one of"),
         (dict(score_space="pixel"), ValueError, "score_space must be one of"),
         (dict(rho=-1.0), ValueError, "rho must be finite"),
         (dict(score_temperature=0.0), ValueError, "score_temperature must be > 0"),
-        (dict(n_score_samples=0), ValueError, "n_score_samples"),
+        (dict(n_score_samples=0), ValueError, "n_score_samples must be a whole number"),
+        (dict(n_score_samples=2.5), ValueError, "n_score_samples must be a whole number"),
+        (dict(target_update_interval=1.5), ValueError, "target_update_interval must be a whole number"),
+        (dict(cost_limit="abc"), ValueError, "cost_limit must be a number or a flat sequence"),
         (dict(cost_gamma=0.0), ValueError, "cost_gamma must be"),
         (dict(cost_gamma=1.5, cost_limit_discounted=True), ValueError, "cost_gamma must be"),
         (dict(episode_length=0), ValueError, "episode length must be"),
         (dict(episode_length=2.5, cost_limit_discounted=True), ValueError, "episode length must be"),
         (dict(policy_kwargs=dict(n_constraints=2)), ValueError, "follows from cost_limit"),
-        (dict(multiplier_init=0.0), ValueError, "cannot start at 0"),
+        (dict(multiplier_init=0.0, multiplier_space="log"), ValueError, "cannot start at 0"),
     ],
 )
 def test_bad_arguments(kwargs: dict, error: type[Exception], message: str) -> None:

@@ -1,6 +1,7 @@
 """The benchmark runner: grids of runs that can be interrupted, and what is drawn from them."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import plot
 import pytest
 import run
+import toy
 import yaml
 
 from sb3_algd.plotting import read_curve
@@ -134,6 +136,25 @@ def test_checkpoints_that_cannot_be_are_refused(
     with pytest.raises(SystemExit):
         run.parse_arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_settings_are_the_same_if_a_default_becomes_an_argument(tmp_path: Path) -> None:
+    def settings(**kwargs: Any) -> run.Settings:
+        return run.Settings("TwoModes-v0", "algd-ve", 10, 10, 1, 1, 1, "cpu", kwargs)
+
+    run.prepare_folder(tmp_path, settings())
+    run.prepare_folder(tmp_path, settings(rho=1.0))
+    with pytest.raises(SystemExit, match=r"rho: 1.0 there, 2.0 now"):
+        run.prepare_folder(tmp_path, settings(rho=2.0))
+
+
+@pytest.mark.parametrize("path", sorted(run.RESULTS.glob("*/*/settings.yaml")), ids=lambda path: path.parent.name)
+def test_the_command_of_a_committed_result_is_the_one_that_makes_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, script, *arguments = shlex.split(yaml.safe_load(path.read_text())["command"])
+    # Ends the program if it has other settings than the stored runs
+    status = {"benchmarks/run.py": run, "benchmarks/toy.py": toy}[script].main(arguments)
+    output = capsys.readouterr().out
+    assert status == 0 and ("0 to do" in output or script == "benchmarks/toy.py")
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:

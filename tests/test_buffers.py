@@ -66,6 +66,17 @@ def test_costs_stay_with_their_transition(steps: int) -> None:
     th.testing.assert_close(batch.next_observations[:, 0], tag + 1.0)
 
 
+def test_the_lowest_costs_are_known_after_they_were_overwritten() -> None:
+    buffer = CostReplayBuffer(8 * N_ENVS, OBSERVATIONS, ACTIONS, "cpu", N_ENVS, n_constraints=2)
+    assert buffer.lowest_costs.tolist() == [0.0, 0.0]
+    filled(buffer, 5)
+    assert buffer.lowest_costs.tolist() == [0.0, pytest.approx(-4.2)]
+    buffer.add(**{**transition(0), "infos": [{"cost": [-1.0, 0.0]}] * N_ENVS})
+    filled(buffer, 4)
+    filled(buffer, 4)
+    assert buffer.lowest_costs.tolist() == [-1.0, pytest.approx(-4.2)]
+
+
 def test_memory_optimised_buffer_keeps_costs_aligned() -> None:
     buffer = CostReplayBuffer(
         8, OBSERVATIONS, ACTIONS, "cpu", 1, optimize_memory_usage=True, handle_timeout_termination=False, n_constraints=2

@@ -111,6 +111,12 @@ def test_the_key_of_a_dictionary_is_named() -> None:
         check_finite("observation", {"a": np.zeros(2), "b": np.array([np.nan])})
 
 
+def test_what_is_infinite_in_single_precision_is_refused() -> None:
+    check_finite("reward", np.array([1e38]))
+    with pytest.raises(ValueError, match="non-finite reward"):
+        check_finite("reward", np.array([1e39]))
+
+
 # --- divergence ------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +139,26 @@ def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.Mo
         assert th.equal(value["exp_avg"], moments[key])
     model.save(tmp_path / "model")
     ALGD.load(tmp_path / "model", env=make_env()).learn(25)
+
+
+def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 8)
+    model = make_model().learn(21)
+    calls: list[None] = []
+    update = model._update
+
+    def diverging_update(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 20:
+            with th.no_grad():
+                next(model.critic.parameters()).fill_(th.nan)
+        return update(*args)
+
+    monkeypatch.setattr(model, "_update", diverging_update)
+    # One update and a copy before it were made by learn(); the next copies are due before the updates after 8 and 16
+    with pytest.raises(FloatingPointError, match="set back to what it was after update 16"):
+        model.train(30, 16)
+    assert model._n_updates == 16 and all(th.isfinite(value).all() for value in weights(model).values())
 
 
 def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

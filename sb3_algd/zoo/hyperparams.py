@@ -40,7 +40,7 @@ def sample_algd_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         "rho": trial.suggest_float("rho", 0.1, 10.0, log=True),
         "cost_risk_coef": trial.suggest_float("cost_risk_coef", 0.0, 2.0),
         "multiplier_init": trial.suggest_float("multiplier_init", 0.1, 3.0, log=True),
-        "multiplier_learning_rate": trial.suggest_float("multiplier_learning_rate", 1e-4, 3e-2, log=True),
+        "multiplier_learning_rate": trial.suggest_float("multiplier_learning_rate", 3e-5, 3e-2, log=True),
         "multiplier_space": trial.suggest_categorical("multiplier_space", ["log", "projected"]),
         "multiplier_signal": trial.suggest_categorical("multiplier_signal", ["buffer", "policy", "episodes"]),
         # The score
