@@ -3,8 +3,9 @@ Draw the figures and write the tables of what ``benchmarks/run.py`` has left.
 
     python benchmarks/plot.py [--tasks ...] [--algorithms ...] [--out docs/img]
 
-For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own); on standard output
-one Markdown table of the last quarter of the evaluations and one of the ends of the runs.
+For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own), those with
+several seeds if there are such; on standard output one Markdown table of the last quarter of the evaluations and one of the
+ends of the runs.
 
 Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
 costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
@@ -165,9 +166,12 @@ def main() -> None:
             limits[algorithm] = settings["cost_limit"]
             statistics.append(statistics_row(task, algorithm, algorithms[algorithm], settings))
             ends.append(ends_row(task, algorithm, algorithms[algorithm]))
+        experiments = [name for name in ordered if name not in ALGORITHMS]
+        # A single run among averages says little and hides much; it is in the tables
+        several = [name for name in experiments if len(algorithms[name]) > 1]
         for kind, chosen in (
             ("", [name for name in ordered if name in ALGORITHMS]),
-            ("-experiments", [name for name in ordered if name not in ALGORITHMS]),
+            ("-experiments", several or experiments),
         ):
             # Experiments may differ in their limit; then no single line can be drawn
             limit = limits[chosen[0]] if len({limits[name] for name in chosen}) == 1 else None
