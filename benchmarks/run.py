@@ -291,9 +291,11 @@ def prepare_folder(folder: Path, settings: Settings) -> None:
     }
     if path.exists():
         stored, now = _flat(yaml.safe_load(path.read_text())), _flat(described)
-        differing = [key for key in now if stored.get(key) != now[key] and key != "device"]
+        # Of both: an argument that is given there only has a default now that is not listed
+        keys = sorted((stored.keys() | now.keys()) - {"device", "command"})
+        differing = [key for key in keys if stored.get(key) != now.get(key)]
         if differing:
-            changes = ", ".join(f"{key}: {stored.get(key)} there, {now[key]} now" for key in differing)
+            changes = ", ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in differing)
             raise SystemExit(
                 f"{folder} holds runs with other settings ({changes}). Give this experiment another --name or --out."
             )

@@ -138,14 +138,22 @@ def test_checkpoints_that_cannot_be_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_settings_are_the_same_if_a_default_becomes_an_argument(tmp_path: Path) -> None:
-    def settings(**kwargs: Any) -> run.Settings:
-        return run.Settings("TwoModes-v0", "algd-ve", 10, 10, 1, 1, 1, "cpu", kwargs)
+def toy_settings(**kwargs: Any) -> run.Settings:
+    return run.Settings("TwoModes-v0", "algd-ve", 10, 10, 1, 1, 1, "cpu", kwargs)
 
-    run.prepare_folder(tmp_path, settings())
-    run.prepare_folder(tmp_path, settings(rho=1.0))
+
+def test_settings_are_the_same_if_a_default_becomes_an_argument(tmp_path: Path) -> None:
+    run.prepare_folder(tmp_path, toy_settings())
+    run.prepare_folder(tmp_path, toy_settings(rho=1.0))
     with pytest.raises(SystemExit, match=r"rho: 1.0 there, 2.0 now"):
-        run.prepare_folder(tmp_path, settings(rho=2.0))
+        run.prepare_folder(tmp_path, toy_settings(rho=2.0))
+
+
+def test_an_argument_that_only_the_stored_runs_have_is_a_difference(tmp_path: Path) -> None:
+    # The default of this one is None, which is not among the defaults that are stored
+    run.prepare_folder(tmp_path, toy_settings(replay_buffer_kwargs={"reward_cut_key": "goal_met"}))
+    with pytest.raises(SystemExit, match=r"replay_buffer_kwargs: .*goal_met.* there, None now"):
+        run.prepare_folder(tmp_path, toy_settings())
 
 
 @pytest.mark.parametrize("path", sorted(run.RESULTS.glob("*/*/settings.yaml")), ids=lambda path: path.parent.name)
