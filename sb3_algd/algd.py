@@ -59,10 +59,6 @@ SIX_TUPLE_ADVICE = (
     "Safety-Gymnasium's (obs, reward, cost, terminated, truncated, info). "
     "Put the cost into info['cost']: wrap the environment in sb3_algd.envs.SixTupleEnv."
 )
-NO_SDE = (
-    "ALGD does not support gSDE (use_sde=True): its diffusion policy explores with the noise of the denoising "
-    "process. Leave use_sde out; use action_noise for additional exploration."
-)
 # multiplier_signal="episodes": how many recent episodes count
 SIGNAL_EPISODES = 5
 # Several batches are drawn from the replay buffer at once, as far as their observations take no more memory
@@ -229,8 +225,11 @@ class ALGD(OffPolicyAlgorithm):
         cuda_graph: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
-        if use_sde:
-            raise ValueError(NO_SDE)
+        if use_sde or (policy_kwargs or {}).get("use_sde"):
+            raise ValueError(
+                "ALGD does not support gSDE (use_sde=True): its diffusion policy explores with the noise of the denoising "
+                "process. Leave use_sde out; use action_noise for additional exploration."
+            )
         super().__init__(
             policy,
             env,
@@ -361,8 +360,6 @@ class ALGD(OffPolicyAlgorithm):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
         if self.episode_length is not None and (self.episode_length < 1 or self.episode_length != int(self.episode_length)):
             raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {self.episode_length}.")
-        if self.policy_kwargs.get("use_sde"):
-            raise ValueError(NO_SDE)
         if "n_constraints" in self.policy_kwargs:
             raise ValueError("n_constraints follows from cost_limit: leave it out of policy_kwargs.")
         if not self.score_temperature > 0.0:
@@ -392,6 +389,7 @@ class ALGD(OffPolicyAlgorithm):
         self._budget_factor = 1.0 if self.cost_limit_discounted else factor
         self.cost_budget = limits * self._budget_factor
         self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
+        # Shape (n_constraints,); no bound until _set_cost_floor() knows one
         self._cost_floor = th.full_like(self._budget, -np.inf)
         if self.verbose >= 1:
             unit = f"discounted with {self.cost_gamma:g}" if self.cost_limit_discounted else "plain sum"
@@ -483,12 +481,14 @@ class ALGD(OffPolicyAlgorithm):
         self._log_training({name: th.stack(values).mean(dim=0) for name, values in logs.items()})
 
     def _set_cost_floor(self) -> None:
-        """The least that a discounted sum of costs can be, as far as the replay buffer tells, shape (n_constraints,)."""
+        """Note the least that a discounted sum of costs can be, as far as the replay buffer tells."""
         assert self.replay_buffer is not None
-        floor = np.full(self.n_constraints, -np.inf, dtype=np.float32)
-        if self.bound_cost_targets:
-            lowest = self.replay_buffer.lowest_costs
-            floor = np.where(lowest < 0.0, lowest / (1.0 - self.cost_gamma) if self.cost_gamma < 1.0 else -np.inf, 0.0)
+        if not self.bound_cost_targets:
+            return
+        lowest = self.replay_buffer.lowest_costs
+        # Without a discount there is no bound for costs that can be negative
+        with np.errstate(divide="ignore"):
+            floor = np.divide(lowest, 1.0 - self.cost_gamma, out=np.zeros_like(lowest), where=lowest < 0.0)
         self._cost_floor.copy_(th.from_numpy(floor))
 
     def _sample_batches(self, gradient_steps: int, batch_size: int) -> Iterator[CostReplayBufferSamples]:
