@@ -268,7 +268,7 @@ class BoundCritic:
         critic, shape = self._critic, actions.shape[:-1]
         # What each layer gives, before the activation function, shape (E, rows, width)
         from_action = th.bmm(actions.flatten(0, -2).expand(critic.n_critics, -1, -1), self._action_weight)
-        self._hidden = [(from_action.unflatten(1, (-1, shape[-1])) + self._from_state).flatten(1, 2)]
+        self._hidden = [from_action.unflatten(1, (-1, shape[-1])).add_(self._from_state).flatten(1, 2)]
         for depth in range(1, len(critic.weights)):
             self._hidden.append(critic.layer(depth, self._hidden[-1]))
         return self._hidden[-1].float().view(critic.n_critics, *shape, -1)
@@ -284,12 +284,15 @@ class BoundCritic:
         gradient = values_gradient.flatten(1, -2)
         if not skips_rows(gradient.device) or (needed := gradient.any(dim=2)).all():
             return self._backward(gradient, self._hidden, slice(None)).sum(dim=0).view(*shape, -1)
+        # A constraint is active for all cost critics alike, while a reward has its minimum at one of the critics
+        alike = (needed == needed[0]).all()
+        parts = [slice(None)] if alike else [slice(member, member + 1) for member in range(len(needed))]
         total = gradient.new_zeros(gradient.shape[1], self._action_weight.shape[1])
-        for member in range(len(needed)):
-            one, rows = slice(member, member + 1), needed[member].nonzero().squeeze(1)
+        for members in parts:
+            rows = needed[members][0].nonzero().squeeze(1)
             if len(rows) > 0:
-                hidden = [hidden[one].index_select(1, rows) for hidden in self._hidden[:-1]]
-                total.index_add_(0, rows, self._backward(gradient[one].index_select(1, rows), hidden, one)[0])
+                hidden = [hidden[members].index_select(1, rows) for hidden in self._hidden[:-1]]
+                total.index_add_(0, rows, self._backward(gradient[members].index_select(1, rows), hidden, members).sum(dim=0))
         return total.view(*shape, -1)
 
     def _backward(self, gradient: th.Tensor, hidden: list[th.Tensor], members: slice) -> th.Tensor:

@@ -35,16 +35,26 @@ def make_critic(n_outputs: int, activation_fn: Any = th.nn.SiLU, net_arch: tuple
 @pytest.mark.parametrize("net_arch", [(), (8,), (8, 8), (8, 4, 8)])
 @pytest.mark.parametrize("activation_fn", [th.nn.ReLU, th.nn.SiLU, th.nn.Tanh, th.nn.PReLU, partial(th.nn.ELU, inplace=True)])
 @pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("members_alike", [True, False])
 def test_the_gradient_by_hand_is_autograds(
-    n_outputs: int, net_arch: tuple[int, ...], activation_fn: Any, skips: bool, monkeypatch: pytest.MonkeyPatch
+    n_outputs: int,
+    net_arch: tuple[int, ...],
+    activation_fn: Any,
+    skips: bool,
+    members_alike: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sb3_algd.networks.skips_rows", lambda device: skips)
     critic = make_critic(n_outputs, activation_fn, net_arch)
     features, actions = th.randn(7, 3), th.randn(4, 7, 2, requires_grad=True)
     weights = th.randn(3, 4, 7, n_outputs)
-    # All rows of one member, some of another, none of the third
-    weights[1, th.rand(4, 7) < 0.5] = 0.0
-    weights[2] = 0.0
+    some = th.rand(4, 7) < 0.5
+    if members_alike:
+        weights[:, some] = 0.0
+    else:
+        # All rows of one member, some of another, none of the third
+        weights[1, some] = 0.0
+        weights[2] = 0.0
     one_by_one = th.stack([critic(features, action) for action in actions], dim=1)
     (expected,) = th.autograd.grad((weights * one_by_one).sum(), actions)
     with th.no_grad():
