@@ -1,11 +1,12 @@
 """
 Draw the figures and write the tables of what ``benchmarks/run.py`` has left.
 
-    python benchmarks/plot.py [--tasks ...] [--algorithms ...] [--out docs/img]
+    python benchmarks/plot.py [--tasks ...] [--algorithms ...] [--out docs/img] [--page docs/results.md]
 
 For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own), those with
-several seeds if there are such; on standard output one Markdown table of the last quarter of the evaluations and one of the
-ends of the runs.
+several seeds if there are such. On standard output, for either of them, one Markdown table of the last quarter of the
+evaluations and one of the ends of the runs. With ``--page`` these tables also replace those of a Markdown page, each under
+its marker ``<!-- table: <heading> -->``.
 
 Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
 costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
@@ -14,6 +15,7 @@ interval is little more than the range of the seeds. With fewer than four values
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,10 @@ N_RESAMPLES = 10_000
 #: How the names of the navigation tasks begin, whose episodes never end early
 NAVIGATION = ("Safexp-", "SafetyPoint", "SafetyCar")
 STATISTICS = (
-    "| task | algorithm | seeds | return, IQM | cost, mean | limit | evaluations within the limit "
+    "| algorithm | seeds | return, IQM | cost, mean | limit | evaluations within the limit "
     "| cost of a training episode | cost of the whole training |"
 )
-ENDS = "| task | algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
+ENDS = "| algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
 
 
 def collect(results: Path, tasks: list[str], algorithms: list[str]) -> dict[str, dict[str, list[Curve]]]:
@@ -110,7 +112,6 @@ def statistics_row(task: str, algorithm: str, curves: list[Curve], settings: dic
     """
     costs, limit = last_quarter(curves, "cost_mean"), settings["cost_limit"]
     cells = [
-        task,
         algorithm,
         str(len(curves)),
         with_interval(last_quarter(curves, "return_mean"), 0.25),
@@ -123,9 +124,8 @@ def statistics_row(task: str, algorithm: str, curves: list[Curve], settings: dic
     return f"| {' | '.join(cells)} |"
 
 
-def ends_row(task: str, algorithm: str, curves: list[Curve]) -> str:
+def ends_row(algorithm: str, curves: list[Curve]) -> str:
     """
-    :param task: The task.
     :param algorithm: The algorithm or experiment.
     :param curves: Its runs.
     :return: A row of the table of the ends of the runs.
@@ -135,13 +135,58 @@ def ends_row(task: str, algorithm: str, curves: list[Curve]) -> str:
         return ", ".join(f"{curve[f'return_{kind}'][-1]:.1f} / {curve[f'cost_{kind}'][-1]:.1f}" for curve in curves)
 
     steps = sorted({int(curve["step"][-1]) for curve in curves})
-    cells = [task, algorithm, " to ".join(f"{step:,}" for step in sorted({steps[0], steps[-1]})), ends("mean"), ends("det")]
+    cells = [algorithm, " to ".join(f"{step:,}" for step in sorted({steps[0], steps[-1]})), ends("mean"), ends("det")]
     return f"| {' | '.join(cells)} |"
 
 
-def print_table(header: str, rows: list[str]) -> None:
-    """:param header: Names of the columns. :param rows: The rows."""
-    print("\n".join([header, "|" + " --- |" * (header.count("|") - 1), *rows]))
+def table(header: str, rows: list[str]) -> str:
+    """:param header: Names of the columns. :param rows: The rows. :return: The Markdown table."""
+    return "\n".join([header, "|" + " --- |" * (header.count("|") - 1), *rows])
+
+
+def report(results: Path, task: str, algorithms: dict[str, list[Curve]], out: Path) -> dict[str, str]:
+    """
+    Draw the figures of one task.
+
+    :param results: The results folder.
+    :param task: The task.
+    :param algorithms: For each algorithm or experiment the curves of its runs.
+    :param out: The folder of the figures.
+    :return: Its tables, by their headings.
+    """
+    settings = {name: yaml.safe_load((results / task / name / "settings.yaml").read_text()) for name in algorithms}
+    tables = {}
+    for kind, names, suffix in (
+        ("algorithms", [name for name in ALGORITHMS if name in algorithms], ""),
+        ("experiments", sorted(algorithms.keys() - ALGORITHMS.keys()), "-experiments"),
+    ):
+        if not names:
+            continue
+        rows = [statistics_row(task, name, algorithms[name], settings[name]) for name in names]
+        tables[f"{task}, {kind}, last quarter"] = table(STATISTICS, rows)
+        tables[f"{task}, {kind}, ends"] = table(ENDS, [ends_row(name, algorithms[name]) for name in names])
+        if kind == "experiments":
+            # A single run among averages says little and hides much; it is in the tables
+            names = [name for name in names if len(algorithms[name]) > 1] or names
+        # Experiments may differ in their limit; then no single line can be drawn
+        limits = {settings[name]["cost_limit"] for name in names}
+        curves = {name: algorithms[name] for name in names}
+        plot_learning_curves(curves, out / f"{task}{suffix}.png", task, limits.pop() if len(limits) == 1 else None)
+    return tables
+
+
+def fill_page(page: Path, tables: dict[str, str]) -> None:
+    """
+    Replace the tables of a page.
+
+    :param page: A Markdown page with markers ``<!-- table: <heading> -->``, each with its table (or nothing yet) below.
+    :param tables: The tables, by their headings.
+    """
+    text = page.read_text()
+    unknown = set(re.findall(r"<!-- table: (.*) -->", text)) - tables.keys()
+    if unknown:
+        sys.exit(f"{page} wants tables that there are no runs for: {sorted(unknown)}. There are {sorted(tables)}.")
+    page.write_text(re.sub(r"(<!-- table: (.*) -->\n)\n?(?:\|.*\n)*", lambda m: f"{m[1]}\n{tables[m[2]]}\n", text))
 
 
 def main() -> None:
@@ -151,37 +196,19 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[], help="all if left out")
     parser.add_argument("--algorithms", nargs="+", default=[], help="algorithms or experiments, all if left out")
     parser.add_argument("--out", type=Path, default=Path("docs/img"), help="where the figures go")
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables are replaced")
     args = parser.parse_args()
     found = collect(args.results, args.tasks, args.algorithms)
     if not found:
         sys.exit(f"No finished runs in {args.results}: make some with benchmarks/run.py")
     args.out.mkdir(parents=True, exist_ok=True)
-    statistics, ends = [], []
+    tables: dict[str, str] = {}
     for task, algorithms in found.items():
-        limits = {}
-        # In the order of ALGORITHMS, experiments after them
-        ordered = [*filter(algorithms.__contains__, ALGORITHMS), *sorted(algorithms.keys() - ALGORITHMS.keys())]
-        for algorithm in ordered:
-            settings = yaml.safe_load((args.results / task / algorithm / "settings.yaml").read_text())
-            limits[algorithm] = settings["cost_limit"]
-            statistics.append(statistics_row(task, algorithm, algorithms[algorithm], settings))
-            ends.append(ends_row(task, algorithm, algorithms[algorithm]))
-        experiments = [name for name in ordered if name not in ALGORITHMS]
-        # A single run among averages says little and hides much; it is in the tables
-        several = [name for name in experiments if len(algorithms[name]) > 1]
-        for kind, chosen in (
-            ("", [name for name in ordered if name in ALGORITHMS]),
-            ("-experiments", several or experiments),
-        ):
-            # Experiments may differ in their limit; then no single line can be drawn
-            limit = limits[chosen[0]] if len({limits[name] for name in chosen}) == 1 else None
-            if chosen:
-                curves = {name: algorithms[name] for name in chosen}
-                plot_learning_curves(curves, args.out / f"{task}{kind}.png", task, limit)
-    print(f"Last {LAST:.0%} of the evaluations, stochastic actions: interquartile mean or mean [95 % interval]\n")
-    print_table(STATISTICS, statistics)
-    print("\nLast evaluation\n")
-    print_table(ENDS, ends)
+        tables |= report(args.results, task, algorithms, args.out)
+    for heading, text in tables.items():
+        print(f"{heading}\n\n{text}\n")
+    if args.page:
+        fill_page(args.page, tables)
 
 
 if __name__ == "__main__":
