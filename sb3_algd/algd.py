@@ -2,7 +2,6 @@
 
 import io
 import pathlib
-import re
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
@@ -46,7 +45,7 @@ from sb3_algd.constraint import (
     settle_cost_limit,
     settle_episode_length,
 )
-from sb3_algd.guards import NormalizationBackup, WeightsBackup, check_finite, warn_user
+from sb3_algd.guards import NormalizationBackup, WeightsBackup, check_finite, explain_environment_errors, warn_user
 from sb3_algd.lagrangian import DEFAULT_MULTIPLIER_INIT, LagrangeMultiplier, augmented_lagrangian, estimate_risk
 from sb3_algd.networks import EnsembleCritic
 from sb3_algd.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy
@@ -54,11 +53,6 @@ from sb3_algd.score import ScorePairing, ScoreSpace, draw_score_samples, draw_sc
 
 SelfALGD = TypeVar("SelfALGD", bound="ALGD")
 
-SIX_TUPLE_ADVICE = (
-    "The environment's step() returns more than Gymnasium's five values, probably the cost as in "
-    "Safety-Gymnasium's (obs, reward, cost, terminated, truncated, info). "
-    "Put the cost into info['cost']: wrap the environment in sb3_algd.envs.SixTupleEnv."
-)
 # multiplier_signal="episodes": how many recent episodes count
 SIGNAL_EPISODES = 5
 # Several batches are drawn from the replay buffer at once, as far as their observations take no more memory
@@ -783,22 +777,13 @@ class ALGD(OffPolicyAlgorithm):
         """
         stored = False
         try:
-            rollout = super().collect_rollouts(*args, **kwargs)
+            with explain_environment_errors():
+                rollout = super().collect_rollouts(*args, **kwargs)
             stored = rollout.continue_training
             return rollout
-        except (EOFError, ConnectionError) as error:
-            raise RuntimeError(
-                "An environment in a process of its own (SubprocVecEnv) died; its own error is printed above this one. If "
-                f"that says 'too many values to unpack (expected 5)': {SIX_TUPLE_ADVICE}"
-            ) from error
-        except (ValueError, gym.error.Error) as error:
+        except (ValueError, gym.error.Error):
             self._normalization_backup.restore()
-            # What SB3 says of a bare environment, and what Gymnasium's checker says of a registered one
-            if not re.search(
-                r"too many values to unpack \(expected 5|step.* to return a four or five element tuple", str(error)
-            ):
-                raise
-            raise ValueError(SIX_TUPLE_ADVICE) from error
+            raise
         finally:
             if not stored:
                 # An error, or a callback that stops: the environments took a step that is not in the replay buffer. What comes

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.buffers import CostKey, read_costs
-from sb3_algd.guards import warn_user
+from sb3_algd.guards import explain_environment_errors, warn_user
 
 
 class CostCounter:
@@ -93,21 +93,23 @@ def evaluate_policy(
     :return: Mean and standard deviation of the return, mean and standard deviation of the cost per episode
         (floats for one constraint, arrays of shape (n_constraints,) for several);
         lists and an array if ``return_episode_rewards`` is True.
-    :raises ValueError: If a cost is not finite, or the number of costs changes.
+    :raises ValueError: If a cost is not finite, the number of costs changes, or ``step`` returns six values.
+    :raises RuntimeError: If the process of an environment died.
     """
     if cost_key is None:
         cost_key = getattr(model, "cost_key", "cost")
     counter = CostCounter(cost_key, cost_gamma, callback)
-    rewards, lengths = sb3_evaluate_policy(
-        model,
-        env,
-        n_eval_episodes,
-        deterministic,
-        render,
-        counter,
-        return_episode_rewards=True,
-        warn=warn,
-    )
+    with explain_environment_errors():
+        rewards, lengths = sb3_evaluate_policy(
+            model,
+            env,
+            n_eval_episodes,
+            deterministic,
+            render,
+            counter,
+            return_episode_rewards=True,
+            warn=warn,
+        )
     if warn and not counter.reported:
         warn_user(
             f"The environment reported no cost (info[{cost_key!r}]) in the evaluation, so all costs are 0: "

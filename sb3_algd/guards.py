@@ -2,11 +2,15 @@
 
 import copy
 import os
+import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch as th
@@ -17,6 +21,14 @@ if TYPE_CHECKING:
 
 #: Updates between two copies of the weights: each costs about as much as an update
 BACKUP_INTERVAL = 500
+
+SIX_TUPLE_ADVICE = (
+    "The environment's step() returns more than Gymnasium's five values, probably the cost as in "
+    "Safety-Gymnasium's (obs, reward, cost, terminated, truncated, info). "
+    "Put the cost into info['cost']: wrap the environment in sb3_algd.envs.SixTupleEnv."
+)
+# What SB3 says of a bare environment, and what Gymnasium's checker says of a registered one
+_SIX_TUPLE_ERROR = re.compile(r"too many values to unpack \(expected 5|step.* to return a four or five element tuple")
 
 _PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, stable_baselines3.__file__))
 
@@ -31,6 +43,27 @@ def warn_user(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGES):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+@contextmanager
+def explain_environment_errors() -> Iterator[None]:
+    """
+    Say what is wrong where the message of an environment does not.
+
+    :raises ValueError: If the environment's ``step`` returned six values
+    :raises RuntimeError: If the process of an environment died
+    """
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError(
+            "An environment in a process of its own (SubprocVecEnv) died; its own error is printed above this one. If "
+            f"that says 'too many values to unpack (expected 5)': {SIX_TUPLE_ADVICE}"
+        ) from error
+    except (ValueError, gym.error.Error) as error:
+        if not _SIX_TUPLE_ERROR.search(str(error)):
+            raise
+        raise ValueError(SIX_TUPLE_ADVICE) from error
 
 
 def check_finite(name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:

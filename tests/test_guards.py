@@ -180,6 +180,11 @@ def test_a_six_tuple_environment_in_a_process_of_its_own_gives_the_advice() -> N
         make_model(env).learn(40)
 
 
+def test_a_six_tuple_environment_in_an_evaluation_gives_the_advice() -> None:
+    with pytest.raises(ValueError, match=r"more than Gymnasium's five values.*wrap"):
+        evaluate_policy(make_model(), BrokenEnv("six"), warn=False)
+
+
 def limited_env(cost_limit: float, steps: int = 20) -> gym.Env:
     env = make_env(steps=steps)
     env.unwrapped.cost_limit = cost_limit  # type: ignore[attr-defined]
