@@ -3,7 +3,7 @@ How fast ALGD updates and acts, as ratios to SB3's SAC measured in the same run.
 
     make benchmark                                    # everything, about 10 minutes; writes benchmarks/results/speed
     python benchmarks/speed.py --parts updates --rounds 15
-    python benchmarks/speed.py --trained runs/Safexp-PointButton1-v0_1/model.zip   # updates in an actual training, not stored
+    python benchmarks/speed.py --trained runs/Safexp-PointButton1-v0_1/model.zip   # updates in an actual training
 
 The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, 4 cost critics, 4 score
 samples, 5 denoising steps. SAC has two hidden layers of 256, as ALGD's critics. Each model has a process of its own, as in a
@@ -29,10 +29,10 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_algd import ALGD
-from sb3_algd.acceleration import keep_freed_memory
 
 BATCH_SIZE = 256
 #: Changes of the standard setting for the table of growth: name -> (keyword arguments, batch size, number of constraints)
@@ -80,15 +80,16 @@ class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(), float(action.sum()), False, False, {"cost": costs}
 
 
-def make_model(kind: str, device: str, n_constraints: int = 1, **kwargs: Any) -> OffPolicyAlgorithm:
+def make_model(kind: str, device: str, n_constraints: int = 1, n_envs: int = 1, **kwargs: Any) -> OffPolicyAlgorithm:
     """
     :param kind: ``sac``, ``ve`` or ``ddpm``.
     :param device: Device.
     :param n_constraints: Number of constraints.
+    :param n_envs: Number of environments.
     :param kwargs: Keyword arguments of ALGD.
     :return: A model with a filled replay buffer, after a few updates.
     """
-    env = gym.wrappers.TimeLimit(RandomEnv(n_constraints), 400)
+    env = DummyVecEnv([lambda: gym.wrappers.TimeLimit(RandomEnv(n_constraints), 400)] * n_envs)
     common: dict[str, Any] = dict(learning_starts=1200, buffer_size=2000, seed=0, device=device)
     model: OffPolicyAlgorithm
     if kind == "sac":
@@ -189,8 +190,17 @@ def predict(n_observations: int, model: OffPolicyAlgorithm, count: int) -> None:
         model.predict(obs)
 
 
+def learn(gradient_steps: int, model: OffPolicyAlgorithm, count: int) -> None:
+    """Environment steps in one call of ``learn``, with so many updates after each step of all environments."""
+    model.gradient_steps = gradient_steps
+    model.learn(count, reset_num_timesteps=False)
+
+
 def make_sac_that_keeps_memory(device: str) -> OffPolicyAlgorithm:
     """SAC with the setting of the C library that ALGD makes."""
+    # Not at the top: the project's first version, which this file also measures, has no such module
+    from sb3_algd.acceleration import keep_freed_memory
+
     keep_freed_memory()
     return make_model("sac", device)
 
@@ -214,8 +224,8 @@ def compare(tasks: Mapping[str, Callable[[], float]], rounds: int, reference: st
     ).rename_axis("what")
 
 
-def measure_updates(rounds: int, device: str) -> pd.DataFrame:
-    """Gradient updates per second, at the standard setting."""
+def measure_updates(rounds: int, device: str, chosen: list[str] | None = None) -> pd.DataFrame:
+    """Gradient updates per second, at the standard setting; of the chosen models, beside SAC, or of all."""
     makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
     if device == "cpu":
         makers["sac, freed memory kept"] = partial(make_sac_that_keeps_memory, device)
@@ -227,18 +237,20 @@ def measure_updates(rounds: int, device: str) -> pd.DataFrame:
         if device == "cuda":
             makers[f"algd-{kind}, graph"] = partial(make, cuda_graph=True)
             makers[f"algd-{kind}, graph, bfloat16"] = partial(make, cuda_graph=True, reduced_precision=True)
-    models = {name: ModelProcess(make, device) for name, make in makers.items()}
+    names = [name for name in makers if chosen is None or name in ("sac", *chosen)]
+    models = {name: ModelProcess(makers[name], device) for name in names}
     count = 200 if device == "cuda" else 20
     tasks = {name: partial(model.rate, train, count) for name, model in models.items()}
-    for name in ("sac", "algd-ve"):
-        tasks[f"{name}, one per call"] = partial(models[name].rate, train_one_by_one, count)
+    for name in ("sac", "algd-ve", "algd-ve, graph"):
+        if name in models:
+            tasks[f"{name}, one per call"] = partial(models[name].rate, train_one_by_one, count)
     return compare(tasks, rounds, "sac")
 
 
 def measure_trained(paths: list[Path], task: str, rounds: int, device: str) -> pd.DataFrame:
     """Gradient updates per second of trained models, in what they have come to."""
     makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
-    makers |= {str(path): partial(load_model, path, task, device) for path in paths}
+    makers |= {f"model {i}, {path.stem}": partial(load_model, path, task, device) for i, path in enumerate(paths)}
     models = {name: ModelProcess(make, device) for name, make in makers.items()}
     return compare({name: partial(model.rate, train, 20) for name, model in models.items()}, rounds, "sac")
 
@@ -254,6 +266,19 @@ def measure_predictions(rounds: int, device: str) -> pd.DataFrame:
         table = compare({name: partial(model.rate, work, count) for name, model in models.items()}, rounds, "sac")
         tables.append(table.reset_index().assign(observations=n_observations))
     return pd.concat(tables).set_index(["observations", "what"])
+
+
+def measure_learning(rounds: int, device: str) -> pd.DataFrame:
+    """Environment steps of ``learn`` per second with several environments, without updates and with one for each step."""
+    kinds = {"sac": "sac", "algd-ve": "ve", "algd-ddpm": "ddpm"}
+    tables = []
+    for n_envs in (1, 8, 32):
+        models = {name: ModelProcess(partial(make_model, kind, device, 1, n_envs), device) for name, kind in kinds.items()}
+        for what, gradient_steps, count in (("no updates", 0, 640), ("gradient_steps=-1", -1, 64)):
+            work = partial(learn, gradient_steps)
+            table = compare({name: partial(model.rate, work, count) for name, model in models.items()}, rounds, "sac")
+            tables.append(table.reset_index().assign(environments=n_envs, updates=what))
+    return pd.concat(tables).set_index(["environments", "updates", "what"])
 
 
 def measure_growth(rounds: int, device: str) -> pd.DataFrame:
@@ -290,7 +315,7 @@ def measure_products(device: str) -> float:
     return float(np.median(rates)) * 2 * a.shape[0] * 256 * 256
 
 
-def describe_machine(device: str) -> pd.DataFrame:
+def describe_machine(device: str, rounds: int) -> pd.DataFrame:
     """What the figures were measured on."""
     processor = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
@@ -308,6 +333,7 @@ def describe_machine(device: str) -> pd.DataFrame:
         "Python": platform.python_version(),
         "GFLOP/s of a (1280, 256) x (256, 256) product": round(measure_products(device) / 1e9),
         "load of the machine before": os.getloadavg()[0],
+        "rounds": rounds,
     }
     return pd.DataFrame({"value": facts}).rename_axis("fact")
 
@@ -315,6 +341,7 @@ def describe_machine(device: str) -> pd.DataFrame:
 PARTS: dict[str, Callable[[int, str], pd.DataFrame]] = {
     "updates": measure_updates,
     "predictions": measure_predictions,
+    "learning": measure_learning,
     "growth": measure_growth,
 }
 
@@ -327,23 +354,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="Threads of PyTorch (its own choice by default)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed")
+    parser.add_argument("--models", nargs="+", help="Measure updates of these rows only, and of SAC")
     parser.add_argument("--trained", nargs="+", type=Path, default=[], help="Measure updates of these saved models instead")
     parser.add_argument("--task", default="Safexp-PointButton1-v0", help="What the models of --trained were trained in")
     args = parser.parse_args()
     if args.threads:
         th.set_num_threads(args.threads)
-    if args.trained:
-        print(measure_trained(args.trained, args.task, args.rounds, args.device).to_string(float_format="{:.3g}".format))
-        return
     out = args.out / f"{args.device}-{th.get_num_threads()}threads"
     out.mkdir(parents=True, exist_ok=True)
-    tables = {"machine": describe_machine(args.device)}
-    print(tables["machine"].to_string(), flush=True)
-    tables["machine"].to_csv(out / "machine.csv")
-    for part in args.parts:
-        table = PARTS[part](args.rounds, args.device)
-        table.to_csv(out / f"{part}.csv", float_format="%.4g")
-        print(f"\n{part}\n{table.to_string(float_format='{:.3g}'.format)}", flush=True)
+    parts = {part: partial(PARTS[part], args.rounds, args.device) for part in args.parts}
+    if args.models:
+        parts = {"updates": partial(measure_updates, args.rounds, args.device, args.models)}
+    if args.trained:
+        parts = {"trained": partial(measure_trained, args.trained, args.task, args.rounds, args.device)}
+    for part, measure in parts.items():
+        # Anew for each part, because the machine may be a shared one
+        machine = describe_machine(args.device, args.rounds)
+        table = measure()
+        for name, content in ((f"{part}-machine", machine), (part, table)):
+            content.to_csv(out / f"{name}.csv", float_format="%.4g")
+            print(f"\n{name}\n{content.to_string(float_format='{:.3g}'.format)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,17 @@ def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
     return [tree_unflatten(part, structure) for part in parts]
 
 
+def to_device(tensor: th.Tensor, device: th.device) -> th.Tensor:
+    """
+    :param tensor: In CPU memory.
+    :param device: Where to.
+    :return: The tensor there; the processor does not wait until it has arrived.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.is_pinned())
+
+
 def move_batch(batch: Batch, device: th.device) -> Batch:
     """
     Move a batch to the device in one transfer per data type (one in all, unless there are images).
@@ -70,9 +81,7 @@ def move_batch(batch: Batch, device: th.device) -> Batch:
     for _, group in groupby(present, key=lambda i: leaves[i].dtype):
         indices = list(group)
         packed = th.cat([leaves[i].reshape(-1) for i in indices])
-        if device.type == "cuda" and packed.device.type == "cpu":
-            packed = packed.pin_memory()
-        parts = packed.to(device, non_blocking=packed.is_pinned()).split([leaves[i].numel() for i in indices])
+        parts = to_device(packed, device).split([leaves[i].numel() for i in indices])
         for i, part in zip(indices, parts, strict=True):
             leaves[i] = part.view(leaves[i].shape)
     return tree_unflatten(leaves, structure)
@@ -197,3 +206,8 @@ def release_from_graph(optimizer: th.optim.Optimizer) -> None:
         if isinstance(group["lr"], th.Tensor):
             group["lr"] = float(group["lr"])
             group["capturable"] = False
+        if not group.get("fused"):
+            # Where Adam looks at it in each step; loading puts it on the parameters' device if they were recorded
+            for state in (optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state):
+                if "step" in state:
+                    state["step"] = th.as_tensor(state["step"], device="cpu")

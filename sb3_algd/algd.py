@@ -29,6 +29,7 @@ from sb3_algd.acceleration import (
     release_from_graph,
     set_learning_rate,
     split_batch,
+    to_device,
 )
 from sb3_algd.buffers import (
     CostKey,
@@ -472,7 +473,8 @@ class ALGD(OffPolicyAlgorithm):
                 # Copy running stats, see SB3's GH issue #996
                 self.policy.copy_batch_norm_stats()
 
-        self._log_training({name: th.stack(values).mean(dim=0) for name, values in logs.items()})
+        means = {name: th.stack(values).mean(dim=0) for name, values in logs.items()}
+        self._log_training({**means, "multiplier": self.lagrange_multiplier.value})
 
     def _set_cost_floor(self) -> None:
         """Note the least that a discounted sum of costs can be, as far as the replay buffer tells."""
@@ -483,7 +485,7 @@ class ALGD(OffPolicyAlgorithm):
         # Without a discount there is no bound for costs that can be negative
         with np.errstate(divide="ignore"):
             floor = np.divide(lowest, 1.0 - self.cost_gamma, out=np.zeros_like(lowest), where=lowest < 0.0)
-        self._cost_floor.copy_(th.from_numpy(floor))
+        self._cost_floor.copy_(to_device(th.from_numpy(floor), self.device))
 
     def _sample_batches(self, gradient_steps: int, batch_size: int) -> Iterator[CostReplayBufferSamples]:
         """Batches on the model's device; several are drawn and moved there at once."""
@@ -650,7 +652,7 @@ class ALGD(OffPolicyAlgorithm):
             self._warn_no_episode(tracker)
             return None
         mean_cost = np.mean(list(recent)[-SIGNAL_EPISODES:], axis=0)
-        return th.as_tensor(self._budget_factor * mean_cost, dtype=th.float32, device=self.device)
+        return to_device(th.as_tensor(self._budget_factor * mean_cost, dtype=th.float32), self.device)
 
     def _warn_no_episode(self, tracker: EpisodeCostTracker) -> None:
         """
@@ -670,9 +672,9 @@ class ALGD(OffPolicyAlgorithm):
 
     def _log_training(self, means: dict[str, th.Tensor]) -> None:
         """
-        Record the means of one ``train()`` call.
+        Record what came out of one ``train()`` call.
 
-        :param means: Scalars, and risks of shape (n_constraints,)
+        :param means: Means of scalars and of risks of shape (n_constraints,), and the multipliers
         :raises FloatingPointError: If one is not finite; weights and optimisers are set back to a copy from before
         """
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -687,7 +689,6 @@ class ALGD(OffPolicyAlgorithm):
                     "try a smaller learning_rate or scaled rewards."
                 )
             self._record_each(f"train/{name}", values)
-        self._record_each("train/multiplier", self.lagrange_multiplier.value.cpu().numpy())
         self._record_each("train/cost_budget", self.cost_budget)
 
     def _record_each(self, key: str, values: np.ndarray) -> None:

@@ -1,8 +1,10 @@
 """What makes updates fast must not change what they compute."""
 
+import gc
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sb3_algd import ALGD
 from sb3_algd.acceleration import GraphedFunction, _make_capturable, move_batch, set_learning_rate, split_batch
@@ -219,6 +222,95 @@ def test_an_update_never_reads_from_the_device(arguments: dict[str, Any], monkey
     with Readings() as readings:
         model._update(batch, None)
     assert readings.found == []
+
+
+class Tape(TorchDispatchMode):
+    """Writes down what a function does and does it again on the same memory, as a CUDA graph would: the recorder of tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recordings = 0
+        self._done: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._done.append((function, (args, kwargs or {}), result))
+        return result
+
+    def record(self, model: ALGD, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """A recording computes nothing, so what writing down has changed is undone."""
+        tensors = [*model.policy.state_dict().values(), *model.lagrange_multiplier.state_dict().values()]
+        tensors += [
+            value for optimizer in model._optimizers() for state in optimizer.state.values() for value in state.values()
+        ]
+        before, random_state = [tensor.clone() for tensor in tensors], th.get_rng_state()
+        with self:
+            outputs = function()
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.detach().copy_(value)
+        th.set_rng_state(random_state)
+        self.recordings += 1
+        done, self._done = self._done, []
+        return lambda: self._replay(done), outputs
+
+    @staticmethod
+    @th.no_grad()
+    def _replay(done: list[tuple[Any, Any, Any]]) -> None:
+        for function, inputs, result in done:
+            args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, th.Tensor) else leaf, inputs)
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                # Views, and what was changed in place, already are where they were
+                if isinstance(old, th.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.detach().copy_(new)
+
+
+@pytest.mark.parametrize("as_prepared", [True, False])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        dict(policy_kwargs=dict(net_arch=[8], diffusion="ddpm"), multiplier_space="log"),
+        dict(multiplier_signal="policy", score_grad_through_chain=True, score_pairing="before", score_space="latent"),
+    ],
+)
+def test_a_replayed_update_is_the_update(
+    arguments: dict[str, Any], as_prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_algd.networks.skips_rows", lambda device: False)
+    module = sys.modules[th.optim.Adam.__module__]
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *args, **kwargs: ["cpu"])
+    results = []
+    for recorded in (False, True):
+        # A learning rate that changes: a replay must not go on with the one of the recording
+        model = make_model(learning_starts=60, learning_rate=lambda progress: 1e-3 * (0.1 + progress), **arguments)
+        model.learn(60)
+        for optimizer in model._optimizers() if as_prepared else []:
+            _make_capturable(optimizer, th.device("cpu"))
+        tape = Tape()
+        if recorded:
+            record = partial(tape.record, model)
+            model._graphed_update = GraphedFunction(model._update, model._optimizers(), record)
+        th.manual_seed(1)
+        np.random.seed(1)
+        for progress in (1.0, 0.8, 0.6, 0.4):
+            model._current_progress_remaining = progress
+            model.train(3, 16)
+        assert tape.recordings == int(recorded)
+        results.append(weights(model))
+    # The tape notices a number that was fixed at the recording: learning rates of optimizers that were not prepared
+    assert same(*results) == as_prepared
+
+
+def test_memory_does_not_grow_with_updates() -> None:
+    model = make_model(stats_window_size=2)
+    model.learn(60)
+    counts = []
+    for _ in range(2):
+        model.train(100, 16)
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+    assert counts[1] - counts[0] < 50
 
 
 def test_what_was_recorded_can_be_trained_elsewhere() -> None:

@@ -91,7 +91,7 @@ def plain_energy(model: ALGD, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
     q = plain_critics(model.critic, obs, actions).squeeze(-1).min(dim=0).values
     costs = plain_critics(model.cost_critic, obs, actions)
     risk = costs.mean(dim=0) + model.cost_risk_coef * costs.std(dim=0)
-    multiplier, budget = model.lagrange_multiplier.value, th.as_tensor(model.cost_budget, dtype=th.float32)
+    multiplier, budget = model.lagrange_multiplier.value, model._budget
     squares = (multiplier + model.rho * (risk - budget)).clamp_min(0).square() - multiplier.square()
     return (squares / (2 * model.rho)).sum(dim=1) - q
 
@@ -151,9 +151,10 @@ def plain_policy_gradients(model: ALGD, obs: th.Tensor) -> tuple[float, float, l
     return guidance_loss.item(), score_loss.item(), list(th.autograd.grad(loss, list(model.actor.parameters())))
 
 
+@pytest.mark.parametrize("active", ["nowhere", "somewhere", "everywhere"])
 @pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
 @pytest.mark.parametrize("n_costs", [1, 3])
-def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: int) -> None:
+def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: int, active: str) -> None:
     model = make_model(
         make_env(n_costs),
         cost_limit=[2.0] * n_costs,
@@ -164,11 +165,26 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
         rho=0.5,
     )
     obs = th.randn(32, 3)
+    with th.no_grad():
+        for weight in model.cost_critic.weights:
+            weight.mul_(3.0)
+        costs = plain_critics(model.cost_critic, obs, th.rand(32, 2) * 2 - 1)
+        risk = costs.mean(dim=0) + costs.std(dim=0)
+        # The constraint is active where the risk is above this
+        threshold = {
+            "nowhere": risk.max(dim=0).values + 9,
+            "somewhere": risk.median(dim=0).values,
+            "everywhere": risk.min() - 9,
+        }
+        model.lagrange_multiplier.parameter.fill_(0.3)
+        model._budget.copy_(threshold[active] + model.lagrange_multiplier.value / model.rho)
     th.manual_seed(5)
     guidance_loss, score_loss, gradients = plain_policy_gradients(model, obs)
     critics_before = [parameter.clone() for parameter in [*model.critic.parameters(), *model.cost_critic.parameters()]]
     th.manual_seed(5)
     metrics, policy_risk = model._update_policy(obs)
+    share = (risk > threshold[active]).float().mean().item()
+    assert {"nowhere": share == 0.0, "somewhere": 0.2 < share < 0.8, "everywhere": share == 1.0}[active]
     assert metrics["guidance_loss"].item() == pytest.approx(guidance_loss, rel=1e-4, abs=1e-5)
     assert metrics["score_loss"].item() == pytest.approx(score_loss, rel=1e-4)
     for (name, parameter), expected in zip(model.actor.named_parameters(), gradients, strict=True):
@@ -183,11 +199,14 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
     assert policy_risk.shape == (n_costs,)
 
 
+@pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
 @pytest.mark.parametrize("n_costs", [1, 2])
-def test_critic_update_equals_a_plain_implementation(n_costs: int) -> None:
-    model = make_model(make_env(n_costs), cost_limit=[2.0] * n_costs, gamma=0.9, cost_gamma=0.8, replay_buffer_kwargs=None)
+def test_critic_update_equals_a_plain_implementation(n_costs: int, diffusion: str) -> None:
+    policy_kwargs = dict(SMALL, diffusion=diffusion)
+    model = make_model(make_env(n_costs), cost_limit=[2.0] * n_costs, gamma=0.9, cost_gamma=0.8, policy_kwargs=policy_kwargs)
     model.learn(20)  # fills the buffer, no update yet
     assert model.replay_buffer is not None
+    model._set_cost_floor()
     batch: Any = model.replay_buffer.sample(64)
     batch = batch._replace(dones=(th.rand(64, 1) < 0.3).float(), cost_dones=(th.rand(64, 1) < 0.3).float())
     th.manual_seed(3)
@@ -196,6 +215,8 @@ def test_critic_update_equals_a_plain_implementation(n_costs: int) -> None:
         next_q = plain_critics(model.critic_target, batch.next_observations, next_actions)
         y = batch.rewards + (1 - batch.dones) * 0.9 * th.minimum(next_q[0], next_q[1])
         next_costs = plain_critics(model.cost_critic_target, batch.next_observations, next_actions)
+        assert (next_costs < 0).any() and (next_costs > 0).any()
+        next_costs = next_costs.clamp_min(0.0)  # no cost of this environment is negative
     q = plain_critics(model.critic, batch.observations, batch.actions)
     critic_loss = ((q[0] - y) ** 2).mean() + ((q[1] - y) ** 2).mean()
     costs = plain_critics(model.cost_critic, batch.observations, batch.actions)
