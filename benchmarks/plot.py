@@ -186,7 +186,7 @@ def fill_page(page: Path, tables: dict[str, str]) -> None:
     unknown = set(re.findall(r"<!-- table: (.*) -->", text)) - tables.keys()
     if unknown:
         sys.exit(f"{page} wants tables that there are no runs for: {sorted(unknown)}. There are {sorted(tables)}.")
-    page.write_text(re.sub(r"(<!-- table: (.*) -->\n)\n?(?:\|.*\n)*", lambda m: f"{m[1]}\n{tables[m[2]]}\n", text))
+    page.write_text(re.sub(r"(<!-- table: (.*) -->\n)(?:\n?(?:\|.*\n)+)?", lambda m: f"{m[1]}\n{tables[m[2]]}\n", text))
 
 
 def main() -> None:

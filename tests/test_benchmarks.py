@@ -59,7 +59,8 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
 
     page = tmp_path / "page.md"
     marker = "<!-- table: TwoModes-v0, experiments, ends -->"
-    page.write_text(f"Before\n\n{marker}\n\n| old |\n| --- |\n| 1 |\n\nAfter | all\n")
+    empty = "<!-- table: TwoModes-v0, experiments, last quarter -->"
+    page.write_text(f"{empty}\n\nBefore\n\n{marker}\n\n| old |\n| --- |\n| 1 |\n\nAfter | all\n")
     draw = [sys.executable, str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--out", str(tmp_path / "img")]
     draw += ["--page", str(page)]
     printed = subprocess.run(draw, capture_output=True, text=True, timeout=300, check=True).stdout
@@ -69,15 +70,15 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
     for table in (tables[:3], tables[3:]):
         assert len({line.count("|") for line in table}) == 1
     assert (tmp_path / "img" / "TwoModes-v0-experiments.png").stat().st_size > 10_000
-    filled = "\n".join(["Before", "", marker, "", *tables[3:], "", "After | all", ""])
+    filled = "\n".join([empty, "", *tables[:3], "", "Before", "", marker, "", *tables[3:], "", "After | all", ""])
     assert page.read_text() == filled
 
     # A marker that nothing answers would leave an old table standing
-    page.write_text(filled.replace("ends", "end"))
+    page.write_text(filled.replace("ends -->", "end -->"))
     refused = subprocess.run(draw, capture_output=True, text=True, timeout=300)
     assert refused.returncode != 0
     assert "TwoModes-v0, experiments, end'" in refused.stderr
-    assert page.read_text() == filled.replace("ends", "end")
+    assert page.read_text() == filled.replace("ends -->", "end -->")
 
 
 def test_a_killed_run_starts_afresh(tmp_path: Path) -> None:
