@@ -171,7 +171,8 @@ def report(results: Path, task: str, algorithms: dict[str, list[Curve]], out: Pa
         # Experiments may differ in their limit; then no single line can be drawn
         limits = {settings[name]["cost_limit"] for name in names}
         curves = {name: algorithms[name] for name in names}
-        plot_learning_curves(curves, out / f"{task}{suffix}.png", task, limits.pop() if len(limits) == 1 else None)
+        limit = limits.pop() if len(limits) == 1 else None
+        plot_learning_curves(curves, out / f"{task}{suffix}.png", task, limit, ALGORITHMS if kind == "algorithms" else ())
     return tables
 
 

@@ -1,6 +1,6 @@
 """Figures of learning curves: return above, cost below with the limit drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,11 @@ def mean_curve(curves: Sequence[Curve], column: str) -> tuple[np.ndarray, np.nda
 
 
 def plot_learning_curves(
-    curves: Mapping[str, Sequence[Curve]], path: str | Path, title: str = "", cost_limit: float | None = None
+    curves: Mapping[str, Sequence[Curve]],
+    path: str | Path,
+    title: str = "",
+    cost_limit: float | None = None,
+    family: Iterable[str] = (),
 ) -> None:
     """
     Draw return and cost of the episodes with stochastic actions against environment steps.
@@ -73,6 +77,7 @@ def plot_learning_curves(
     :param path: The picture to write; its ending chooses the format.
     :param title: What stands above.
     :param cost_limit: Drawn into the lower panel, in the unit of the costs.
+    :param family: All labels of a family of figures, each of which has the same color and line in every one of them.
     """
     try:
         from matplotlib import rc_context
@@ -81,13 +86,15 @@ def plot_learning_curves(
     except ImportError as error:
         raise ImportError("Figures need matplotlib. Install it with: pip install matplotlib") from error
 
+    places = {label: index for index, label in enumerate(dict.fromkeys([*family, *curves]))}
     alone = len(curves) == 1 and all(len(seeds) == 1 for seeds in curves.values())
     with rc_context(STYLE):
         # Not through pyplot, which would need a display or choose a window for one
         figure = Figure(figsize=(7, 6), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         for axes, quantity in ((above, "return"), (below, "cost")):
-            for index, (label, seeds) in enumerate(curves.items()):
+            for label, seeds in curves.items():
+                index = places[label]
                 color, line = COLORS[index % len(COLORS)], LINES[index // len(COLORS) % len(LINES)]
                 if alone:
                     _draw_one(axes, seeds[0], quantity, color)

@@ -77,6 +77,15 @@ def test_every_seed_the_mean_and_the_limit_are_drawn(tmp_path: Path, drawn: list
     assert imread(path).std() > 0.05
 
 
+def test_a_label_keeps_its_color_in_all_figures_of_a_family(tmp_path: Path, drawn: list[Figure]) -> None:
+    one, two = [make_curve([10, 20], 1.0)], [make_curve([10, 20], 2.0)]
+    plot_learning_curves({"one": one, "two": two}, tmp_path / "both.png", family=["one", "two"])
+    plot_learning_curves({"two": two, "new": one}, tmp_path / "few.png", family=["one", "two"])
+    both, few = ({line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in drawn)
+    assert both["two (1 seed)"] == few["two (1 seed)"]
+    assert len({both["one (1 seed)"], both["two (1 seed)"], few["new (1 seed)"]}) == 3
+
+
 def test_the_limit_is_visible_above_low_costs(tmp_path: Path, drawn: list[Figure]) -> None:
     plot_learning_curves({"one": [make_curve([10, 20], 0.1)]}, tmp_path / "figure.png", cost_limit=25.0)
     low, high = drawn[0].axes[1].get_ylim()
