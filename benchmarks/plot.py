@@ -10,7 +10,9 @@ its marker ``<!-- table: <heading> -->``.
 
 Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
 costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
-interval is little more than the range of the seeds. With fewer than four values the interquartile mean is the mean.
+interval is little more than the range of the seeds. With fewer than four values the interquartile mean is the mean. The
+cost of a training episode is a mean over the spans between evaluations, in each of which as many steps are made: where
+episodes end early, those of spans with many of them count for less.
 """
 
 import argparse
@@ -29,6 +31,9 @@ from scipy.stats import bootstrap, trim_mean  # type: ignore[import-untyped]
 import sb3_algd.envs  # noqa: F401  registers the tasks
 from sb3_algd.plotting import Curve, plot_learning_curves, read_curve
 
+#: The curves of one algorithm's runs, by their seeds in ascending order
+Runs = dict[int, Curve]
+
 #: Share of the evaluations, the last ones, that the statistics are over
 LAST = 0.25
 N_RESAMPLES = 10_000
@@ -41,29 +46,30 @@ STATISTICS = (
 ENDS = "| algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
 
 
-def collect(results: Path, tasks: list[str], algorithms: list[str]) -> dict[str, dict[str, list[Curve]]]:
+def collect(results: Path, tasks: list[str], algorithms: list[str]) -> dict[str, dict[str, Runs]]:
     """
     :param results: The results folder.
     :param tasks: The tasks to take, all if empty.
     :param algorithms: The algorithms or experiments to take, all if empty.
-    :return: For each task and algorithm the curves of its finished runs.
+    :return: For each task and algorithm its finished runs.
     """
-    found: dict[str, dict[str, list[Curve]]] = {}
-    for path in sorted(results.glob("*/*/seed*.csv")):
+    found: dict[str, dict[str, Runs]] = {}
+    seeds = {path: int(path.stem.removeprefix("seed")) for path in results.glob("*/*/seed*.csv")}
+    for path in sorted(seeds, key=lambda path: (path.parent, seeds[path])):
         task, algorithm = path.parts[-3:-1]
         if (not tasks or task in tasks) and (not algorithms or algorithm in algorithms):
-            found.setdefault(task, {}).setdefault(algorithm, []).append(read_curve(path))
+            found.setdefault(task, {}).setdefault(algorithm, {})[seeds[path]] = read_curve(path)
     return found
 
 
-def last_quarter(curves: list[Curve], column: str) -> np.ndarray:
+def last_quarter(runs: Runs, column: str) -> np.ndarray:
     """
-    :param curves: The runs of one algorithm.
+    :param runs: The runs of one algorithm.
     :param column: A column.
     :return: Its last values, shape (seeds, evaluations).
     """
-    n_last = math.ceil(LAST * min(len(curve[column]) for curve in curves))
-    return np.stack([curve[column][-n_last:] for curve in curves])
+    values = np.stack([curve[column] for curve in runs.values()])
+    return values[:, -math.ceil(LAST * values.shape[1]) :]
 
 
 def with_interval(values: np.ndarray, trimmed: float) -> str:
@@ -86,10 +92,19 @@ def with_interval(values: np.ndarray, trimmed: float) -> str:
     return f"{mean} [{low:.1f}, {high:.1f}]"
 
 
-def total_training_cost(task: str, curves: list[Curve], settings: dict[str, Any]) -> str:
+def training_cost(runs: Runs) -> float:
+    """
+    :param runs: The runs of one algorithm.
+    :return: Mean cost of a training episode, first over those that ended between two evaluations, then over these spans and
+        the seeds; not a number if no episode ended in one of them.
+    """
+    return float(np.mean([curve["train_cost"] for curve in runs.values()]))
+
+
+def total_training_cost(task: str, runs: Runs, settings: dict[str, Any]) -> str:
     """
     :param task: The task.
-    :param curves: Its runs with one algorithm.
+    :param runs: Its runs with one algorithm.
     :param settings: Their settings.
     :return: Mean over the seeds of the sum of all costs during training, where the curves tell it: in tasks whose costs are
         plain sums over episodes of fixed length.
@@ -99,43 +114,44 @@ def total_training_cost(task: str, curves: list[Curve], settings: dict[str, Any]
     if not task.startswith(NAVIGATION) or discounted or spec.max_episode_steps is None:
         return ""
     n_episodes = settings["steps"] / spec.max_episode_steps
-    return f"{n_episodes * np.mean([np.nanmean(curve['train_cost']) for curve in curves]):,.0f}"
+    return f"{n_episodes * training_cost(runs):,.0f}"
 
 
-def statistics_row(task: str, algorithm: str, curves: list[Curve], settings: dict[str, Any]) -> str:
+def statistics_row(task: str, algorithm: str, runs: Runs, settings: dict[str, Any]) -> str:
     """
     :param task: The task.
     :param algorithm: The algorithm or experiment.
-    :param curves: Its runs.
+    :param runs: Its runs.
     :param settings: Their settings.
     :return: A row of the table of statistics.
     """
-    costs, limit = last_quarter(curves, "cost_mean"), settings["cost_limit"]
+    costs, limit = last_quarter(runs, "cost_mean"), settings["cost_limit"]
     cells = [
         algorithm,
-        str(len(curves)),
-        with_interval(last_quarter(curves, "return_mean"), 0.25),
+        ", ".join(map(str, runs)),
+        with_interval(last_quarter(runs, "return_mean"), 0.25),
         with_interval(costs, 0.0),
         "" if limit is None else f"{limit:g}",
         "" if limit is None else f"{np.sum(costs <= limit)} of {costs.size}",
-        f"{np.mean([np.nanmean(curve['train_cost']) for curve in curves]):.1f}",
-        total_training_cost(task, curves, settings),
+        f"{training_cost(runs):.1f}",
+        total_training_cost(task, runs, settings),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def ends_row(algorithm: str, curves: list[Curve]) -> str:
+def ends_row(algorithm: str, runs: Runs) -> str:
     """
     :param algorithm: The algorithm or experiment.
-    :param curves: Its runs.
+    :param runs: Its runs.
     :return: A row of the table of the ends of the runs.
     """
+
+    curves = list(runs.values())
 
     def ends(kind: str) -> str:
         return ", ".join(f"{curve[f'return_{kind}'][-1]:.1f} / {curve[f'cost_{kind}'][-1]:.1f}" for curve in curves)
 
-    steps = sorted({int(curve["step"][-1]) for curve in curves})
-    cells = [algorithm, " to ".join(f"{step:,}" for step in sorted({steps[0], steps[-1]})), ends("mean"), ends("det")]
+    cells = [algorithm, f"{curves[0]['step'][-1]:,.0f}", ends("mean"), ends("det")]
     return f"| {' | '.join(cells)} |"
 
 
@@ -144,16 +160,19 @@ def table(header: str, rows: list[str]) -> str:
     return "\n".join([header, "|" + " --- |" * (header.count("|") - 1), *rows])
 
 
-def report(results: Path, task: str, algorithms: dict[str, list[Curve]], out: Path) -> dict[str, str]:
+def report(results: Path, task: str, algorithms: dict[str, Runs], out: Path) -> dict[str, str]:
     """
     Draw the figures of one task.
 
     :param results: The results folder.
     :param task: The task.
-    :param algorithms: For each algorithm or experiment the curves of its runs.
+    :param algorithms: For each algorithm or experiment its runs.
     :param out: The folder of the figures.
     :return: Its tables, by their headings.
     """
+    for name, runs in algorithms.items():
+        if len({tuple(curve["step"]) for curve in runs.values()}) > 1:
+            sys.exit(f"{task}/{name}: its seeds were not evaluated at the same steps, so there are no statistics over them.")
     settings = {name: yaml.safe_load((results / task / name / "settings.yaml").read_text()) for name in algorithms}
     tables = {}
     for kind, names, suffix in (
@@ -170,7 +189,7 @@ def report(results: Path, task: str, algorithms: dict[str, list[Curve]], out: Pa
             names = [name for name in names if len(algorithms[name]) > 1] or names
         # Experiments may differ in their limit; then no single line can be drawn
         limits = {settings[name]["cost_limit"] for name in names}
-        curves = {name: algorithms[name] for name in names}
+        curves = {name: list(algorithms[name].values()) for name in names}
         limit = limits.pop() if len(limits) == 1 else None
         plot_learning_curves(curves, out / f"{task}{suffix}.png", task, limit, ALGORITHMS if kind == "algorithms" else ())
     return tables

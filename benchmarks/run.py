@@ -42,6 +42,8 @@ from stable_baselines3.common.logger import configure
 
 from sb3_algd import ALGD
 from sb3_algd.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
+from sb3_algd.diffusion import PROCESSES
+from sb3_algd.policies import DiffusionPolicy
 from sb3_algd.recorder import LearningCurveRecorder, Row, describe, make_envs
 
 RESULTS = Path(__file__).parent / "results"
@@ -261,21 +263,48 @@ def defaults_in_force(algorithm: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     :param algorithm: A key of ``ALGORITHMS``.
     :param kwargs: Its arguments.
-    :return: The arguments that are left to their defaults, which may change from version to version.
+    :return: The arguments, also those of its policy and of the diffusion, that are left to their defaults, which may change
+        from version to version.
     """
-    parameters = inspect.signature(ALGORITHMS[algorithm][0].__init__).parameters.values()
+    model_class, alias, _ = ALGORITHMS[algorithm]
+    policy_class = model_class.policy_aliases[alias]
+    policy: dict[str, Any] = {}
+    for base in policy_class.__mro__:
+        policy = {**_simple_defaults(base), **policy}
+        # Only what it hands on reaches the class that it extends
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in inspect.signature(base).parameters.values()):
+            break
+    if issubclass(policy_class, DiffusionPolicy):
+        diffusion = kwargs.get("policy_kwargs", {}).get("diffusion", policy["diffusion"])
+        # The policy gives it its own number of steps
+        policy["diffusion_kwargs"] = _left_out(_simple_defaults(PROCESSES[diffusion]), policy)
+    return _left_out({**_simple_defaults(model_class), "policy_kwargs": policy}, kwargs)
+
+
+def _simple_defaults(made: type) -> dict[str, Any]:
+    """:param made: A class. :return: The defaults of its arguments, those that YAML can hold and that matter to results."""
+    parameters = inspect.signature(made).parameters.values()
     return {
         parameter.name: parameter.default
         for parameter in parameters
         if isinstance(parameter.default, (bool, int, float, str))
-        and parameter.name not in (*kwargs, "verbose", "device", "_init_setup_model")
+        and parameter.name not in ("verbose", "device", "_init_setup_model")
+    }
+
+
+def _left_out(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """:param defaults: All defaults, maybe nested. :param given: Arguments. :return: The defaults that are in force."""
+    return {
+        key: _left_out(default, given.get(key) or {}) if isinstance(default, dict) else default
+        for key, default in defaults.items()
+        if isinstance(default, dict) or key not in given
     }
 
 
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
     """Settings with all arguments in one place: it does not matter which of them are defaults today."""
     others = {key: value for key, value in described.items() if key not in ("kwargs", "defaults")}
-    return {**others, **described["defaults"], **described["kwargs"]}
+    return {**others, **merged(described["defaults"], described["kwargs"])}
 
 
 def prepare_folder(folder: Path, settings: Settings) -> None:
@@ -294,7 +323,7 @@ def prepare_folder(folder: Path, settings: Settings) -> None:
     if path.exists():
         stored, now = _flat(yaml.safe_load(path.read_text())), _flat(described)
         # Of both: an argument that is given there only has a default now that is not listed
-        keys = sorted((stored.keys() | now.keys()) - {"device", "command"})
+        keys = sorted((stored.keys() | now.keys()) - {"command"})
         differing = [key for key in keys if stored.get(key) != now.get(key)]
         if differing:
             changes = ", ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in differing)
@@ -346,6 +375,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--set changes the algorithm: name the experiment with --name")
     if args.name and len(args.algorithms) != 1:
         parser.error("--name stands for one algorithm: choose it with --algorithms")
+    if args.name in ALGORITHMS:
+        parser.error(f"--name {args.name} is an algorithm's own: give this experiment another one")
     return args
 
 

@@ -54,7 +54,7 @@ COMMON: dict[str, Any] = dict(
     # The consistent choice: scores are learned in the states that the chain asks for them
     score_pairing="before",
 )
-#: Arguments of ALGD for each type
+#: Arguments of ALGD for each type; a learning rate with ``lin_`` falls linearly to 0, as in the RL Zoo
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "algd-ve": {
         **COMMON,
@@ -71,6 +71,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "score_coef": 1.0,
         # A margin below the limit, from the cost critics' disagreement
         "cost_risk_coef": 3.0,
+        # Falling to 0. At a constant rate this type's cost moves around the limit from one evaluation to the next. The other
+        # type learns steep scores, which takes the full rate until the end
+        "policy_learning_rate": "lin_3e-3",
         # Without guidance only the push along the score moves samples: it has to take them all the way, 10 * 0.2
         "policy_kwargs": {
             "diffusion": "ddpm",
@@ -104,10 +107,9 @@ def train(run: Run) -> None:
     settings = run.settings
     env = make_envs(settings.task, seed=run.seed)
     kwargs = dict(settings.kwargs)
-    if settings.algorithm == "algd-ddpm":
-        # At a constant rate this type's cost moves around the limit from one evaluation to the next. The other type learns
-        # steep scores, which takes the full rate until the end
-        kwargs["policy_learning_rate"] = LinearSchedule(kwargs["policy_learning_rate"], 0.0, 1.0)
+    rate = kwargs["policy_learning_rate"]
+    if isinstance(rate, str):
+        kwargs["policy_learning_rate"] = LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
     model = ALGD("DiffusionPolicy", env, seed=run.seed, device=settings.device, **kwargs)
     modes = [("step", "left", "right")]
 

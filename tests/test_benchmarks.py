@@ -1,5 +1,6 @@
 """The benchmark runner: grids of runs that can be interrupted, and what is drawn from them."""
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -49,8 +50,12 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
     assert settings["kwargs"] == {"policy_kwargs": {"diffusion": "ve", "net_arch": [8]}, "batch_size": 8}
 
     # A default that changes later would otherwise go unnoticed
-    assert settings["defaults"]["rho"] == 1.0
-    assert "batch_size" not in settings["defaults"]
+    defaults = settings["defaults"]
+    assert defaults["rho"] == 1.0
+    assert "batch_size" not in defaults
+    assert defaults["policy_kwargs"]["denoising_steps"] == 5
+    assert defaults["policy_kwargs"]["diffusion_kwargs"] == {"sigma_min": 0.01, "sigma_max": 1.0}
+    assert "diffusion" not in defaults["policy_kwargs"]
 
     # Only the seed that is new is done
     output = call(tmp_path, *arguments[:4], *arguments[4:])
@@ -65,7 +70,7 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
     draw += ["--page", str(page)]
     printed = subprocess.run(draw, capture_output=True, text=True, timeout=300, check=True).stdout
     tables = [line for line in printed.splitlines() if line.startswith("|")]
-    assert tables[2].startswith("| tiny | 2 |")
+    assert tables[2].startswith("| tiny | 0, 1 |")
     assert tables[5].startswith("| tiny | 40 |")
     for table in (tables[:3], tables[3:]):
         assert len({line.count("|") for line in table}) == 1
@@ -163,6 +168,21 @@ def test_settings_are_the_same_if_a_default_becomes_an_argument(tmp_path: Path) 
         run.prepare_folder(tmp_path, toy_settings(rho=2.0))
 
 
+def test_another_default_of_the_policy_is_a_difference(tmp_path: Path) -> None:
+    run.prepare_folder(tmp_path, toy_settings())
+    path = tmp_path / "settings.yaml"
+    path.write_text(path.read_text().replace("sigma_max: 1.0", "sigma_max: 2.0"))
+    with pytest.raises(SystemExit, match=r"policy_kwargs: .*'sigma_max': 2.0.* there, .*'sigma_max': 1.0.* now"):
+        run.prepare_folder(tmp_path, toy_settings())
+    run.prepare_folder(tmp_path, toy_settings(policy_kwargs={"diffusion_kwargs": {"sigma_max": 2.0}}))
+
+
+def test_another_device_is_a_difference(tmp_path: Path) -> None:
+    run.prepare_folder(tmp_path, toy_settings())
+    with pytest.raises(SystemExit, match="device: cpu there, cuda now"):
+        run.prepare_folder(tmp_path, dataclasses.replace(toy_settings(), device="cuda"))
+
+
 def test_an_argument_that_only_the_stored_runs_have_is_a_difference(tmp_path: Path) -> None:
     # The default of this one is None, which is not among the defaults that are stored
     run.prepare_folder(tmp_path, toy_settings(replay_buffer_kwargs={"reward_cut_key": "goal_met"}))
@@ -224,6 +244,12 @@ def test_an_experiment_needs_a_name_and_one_algorithm(arguments: list[str], caps
     assert "--name" in capsys.readouterr().err
 
 
+def test_an_experiment_cannot_have_the_name_of_an_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.parse_arguments(["--algorithms", "sac", "--name", "algd-ve"])
+    assert "--name algd-ve is an algorithm's own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("algorithm", "task", "expected"),
     [("sac", "HopperSpeed-v0", 0.99), ("sac", "TwoModes-v0", 1.0), ("sac-lagrangian", "HopperSpeed-v0", None)],
@@ -246,13 +272,25 @@ def make_curve(returns: list[float], costs: list[float]) -> dict[str, np.ndarray
 
 def test_statistics_are_of_the_last_quarter() -> None:
     # The outlier and what came before do not count
-    curves = [make_curve([99, 99, 99, 99, 99, 1, 2], [0] * 7), make_curve([99, 99, 99, 99, 99, 3, 1000], [20] * 7)]
-    assert plot.last_quarter(curves, "return_mean").tolist() == [[1, 2], [3, 1000]]
-    text = plot.with_interval(plot.last_quarter(curves, "return_mean"), 0.25)
+    runs = {0: make_curve([99, 99, 99, 99, 99, 1, 2], [0] * 7), 3: make_curve([99, 99, 99, 99, 99, 3, 1000], [20] * 7)}
+    assert plot.last_quarter(runs, "return_mean").tolist() == [[1, 2], [3, 1000]]
+    text = plot.with_interval(plot.last_quarter(runs, "return_mean"), 0.25)
     # Of 1, 2, 3 and 1000 the middle two; then those of a seed drawn twice
     assert text == "2.5 [1.5, 501.5]"
-    row = plot.statistics_row("Safexp-PointButton1-v0", "x", curves, {"cost_limit": 10, "steps": 14_000, "kwargs": {}})
+    row = plot.statistics_row("Safexp-PointButton1-v0", "x", runs, {"cost_limit": 10, "steps": 14_000, "kwargs": {}})
+    assert row.startswith("| x | 0, 3 | 2.5 [1.5, 501.5] |")
     assert "| 2 of 4 | 10.0 | 350 |" in row
+
+
+def test_seeds_are_in_order_and_at_the_same_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "TwoModes-v0" / "x"
+    folder.mkdir(parents=True)
+    for seed, last in ((10, 2), (2, 2), (3, 3)):
+        (folder / f"seed{seed}.csv").write_text(f"step,return_mean\n1,{seed}\n{last},{seed}\n")
+    found = plot.collect(tmp_path, [], [])["TwoModes-v0"]
+    assert list(found["x"]) == [2, 3, 10]
+    with pytest.raises(SystemExit, match=r"TwoModes-v0/x: .*same steps"):
+        plot.report(tmp_path, "TwoModes-v0", found, tmp_path)
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -261,4 +299,4 @@ def test_one_seed_has_no_interval() -> None:
 
 def test_the_training_cost_is_summed_up_only_where_the_curve_tells_it() -> None:
     # Its costs are discounted sums over episodes that may end early
-    assert plot.total_training_cost("HopperSpeed-v0", [make_curve([1], [5])], {"steps": 2000, "kwargs": {}}) == ""
+    assert plot.total_training_cost("HopperSpeed-v0", {0: make_curve([1], [5])}, {"steps": 2000, "kwargs": {}}) == ""
