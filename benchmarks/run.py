@@ -120,6 +120,24 @@ def cost_gamma(settings: Settings) -> float | None:
     return inspect.signature(ALGD).parameters["cost_gamma"].default if discounted else 1.0
 
 
+class ModelSaver(BaseCallback):
+    """
+    Save the model when training has ended. It goes before the recorder, whose CSV says that there is nothing left to do.
+
+    :param path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.model.save(self.path)
+
+
 def make_recorder(run: Run, on_row: Callable[[Row], None]) -> LearningCurveRecorder:
     """:param run: The run. :param on_row: Called with each new row. :return: What writes its learning curve."""
     settings = run.settings
@@ -152,6 +170,8 @@ def train(run: Run) -> None:
     env = make_envs(settings.task, settings.n_envs, seed=run.seed)
     recorder = make_recorder(run, lambda row: print(f"{run.label}: {describe(row)}", flush=True))
     callbacks: list[BaseCallback] = [recorder]
+    if run.save:
+        callbacks.insert(0, ModelSaver(run.folder / f"seed{run.seed}.zip"))
     if settings.checkpoint_every is not None:
         callbacks.append(ResumableCheckpointCallback(settings.checkpoint_every, run.checkpoint))
     model: BaseAlgorithm
@@ -164,8 +184,6 @@ def train(run: Run) -> None:
         if run.log:
             model.set_logger(configure(str(run.folder / f"seed{run.seed}_log"), ["csv"]))
         model.learn(settings.steps, callback=callbacks)
-    if run.save:
-        model.save(run.folder / f"seed{run.seed}.zip")
     env.close()
     shutil.rmtree(run.checkpoint, ignore_errors=True)
 

@@ -17,6 +17,7 @@ import run
 import toy
 import yaml
 
+from sb3_algd import ALGD
 from sb3_algd.plotting import read_curve
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -300,3 +301,20 @@ def test_one_seed_has_no_interval() -> None:
 def test_the_training_cost_is_summed_up_only_where_the_curve_tells_it() -> None:
     # Its costs are discounted sums over episodes that may end early
     assert plot.total_training_cost("HopperSpeed-v0", {0: make_curve([1], [5])}, {"steps": 2000, "kwargs": {}}) == ""
+
+
+def test_a_run_is_finished_when_its_model_is_saved(tmp_path: Path) -> None:
+    arguments = ["--algorithms", "algd-ve", "--seeds", "0", "--steps", "20", "--eval-every", "20", "--save", *TINY]
+    folder = tmp_path / "TwoModes-v0" / "tiny"
+    folder.mkdir(parents=True)
+    model = folder / "seed0.zip"
+    model.symlink_to("/dev/full")
+    failed = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, timeout=300)
+    assert failed.returncode == 1
+    assert "No space left on device" in failed.stderr
+    assert not (folder / "seed0.csv").exists()
+
+    model.unlink()
+    assert "1 to do" in call(tmp_path, *arguments)
+    assert (folder / "seed0.csv").exists()
+    assert ALGD.load(model).num_timesteps == 20
