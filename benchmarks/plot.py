@@ -6,7 +6,7 @@ Draw the figures and write the tables of what ``benchmarks/run.py`` has left.
 For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own), those with
 several seeds if there are such. On standard output, for either of them, one Markdown table of the last quarter of the
 evaluations and one of the ends of the runs. With ``--page`` these tables also replace those of a Markdown page, each under
-its marker ``<!-- table: <heading> -->``.
+its marker ``<!-- table: <heading> -->``; a table that has no marker there is named.
 
 Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
 costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
@@ -160,30 +160,60 @@ def table(header: str, rows: list[str]) -> str:
     return "\n".join([header, "|" + " --- |" * (header.count("|") - 1), *rows])
 
 
-def report(results: Path, task: str, algorithms: dict[str, Runs], out: Path) -> dict[str, str]:
+def read_settings(results: Path, task: str, algorithms: dict[str, Runs]) -> dict[str, dict[str, Any]]:
     """
-    Draw the figures of one task.
+    Read the settings of the runs, and end the program where these are not what the settings say.
 
     :param results: The results folder.
     :param task: The task.
     :param algorithms: For each algorithm or experiment its runs.
-    :param out: The folder of the figures.
-    :return: Its tables, by their headings.
+    :return: For each of them the settings.
     """
+    settings = {name: yaml.safe_load((results / task / name / "settings.yaml").read_text()) for name in algorithms}
     for name, runs in algorithms.items():
         if len({tuple(curve["step"]) for curve in runs.values()}) > 1:
             sys.exit(f"{task}/{name}: its seeds were not evaluated at the same steps, so there are no statistics over them.")
-    settings = {name: yaml.safe_load((results / task / name / "settings.yaml").read_text()) for name in algorithms}
+        for seed, curve in runs.items():
+            if curve["step"][-1] < settings[name]["steps"]:
+                end, steps = curve["step"][-1], settings[name]["steps"]
+                sys.exit(f"{task}/{name}: seed {seed} ends at step {end:.0f}, its settings say {steps}.")
+    return settings
+
+
+def kinds(algorithms: dict[str, Runs]) -> dict[str, list[str]]:
+    """:param algorithms: The runs of a task. :return: Names of algorithms, and of experiments, in the order of tables."""
+    found = {
+        "algorithms": [name for name in ALGORITHMS if name in algorithms],
+        "experiments": sorted(algorithms.keys() - ALGORITHMS.keys()),
+    }
+    return {kind: names for kind, names in found.items() if names}
+
+
+def make_tables(task: str, algorithms: dict[str, Runs], settings: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """
+    :param task: The task.
+    :param algorithms: For each algorithm or experiment its runs.
+    :param settings: Their settings.
+    :return: The tables of the task, by their headings.
+    """
     tables = {}
-    for kind, names, suffix in (
-        ("algorithms", [name for name in ALGORITHMS if name in algorithms], ""),
-        ("experiments", sorted(algorithms.keys() - ALGORITHMS.keys()), "-experiments"),
-    ):
-        if not names:
-            continue
+    for kind, names in kinds(algorithms).items():
         rows = [statistics_row(task, name, algorithms[name], settings[name]) for name in names]
         tables[f"{task}, {kind}, last quarter"] = table(STATISTICS, rows)
         tables[f"{task}, {kind}, ends"] = table(ENDS, [ends_row(name, algorithms[name]) for name in names])
+    return tables
+
+
+def draw(task: str, algorithms: dict[str, Runs], settings: dict[str, dict[str, Any]], out: Path) -> None:
+    """
+    Draw the figures of one task.
+
+    :param task: The task.
+    :param algorithms: For each algorithm or experiment its runs.
+    :param settings: Their settings.
+    :param out: The folder of the figures.
+    """
+    for kind, names in kinds(algorithms).items():
         if kind == "experiments":
             # A single run among averages says little and hides much; it is in the tables
             names = [name for name in names if len(algorithms[name]) > 1] or names
@@ -191,44 +221,53 @@ def report(results: Path, task: str, algorithms: dict[str, Runs], out: Path) -> 
         limits = {settings[name]["cost_limit"] for name in names}
         curves = {name: list(algorithms[name].values()) for name in names}
         limit = limits.pop() if len(limits) == 1 else None
-        plot_learning_curves(curves, out / f"{task}{suffix}.png", task, limit, ALGORITHMS if kind == "algorithms" else ())
-    return tables
+        family, suffix = (ALGORITHMS, "") if kind == "algorithms" else ((), "-experiments")
+        plot_learning_curves(curves, out / f"{task}{suffix}.png", task, limit, family)
 
 
 def fill_page(page: Path, tables: dict[str, str]) -> None:
     """
-    Replace the tables of a page.
+    Replace the tables of a page. If one is missing the program ends, and the page stays as it is.
 
     :param page: A Markdown page with markers ``<!-- table: <heading> -->``, each with its table (or nothing yet) below.
     :param tables: The tables, by their headings.
     """
-    text = page.read_text()
-    unknown = set(re.findall(r"<!-- table: (.*) -->", text)) - tables.keys()
+    text = page.read_text().rstrip("\n") + "\n"
+    wanted = set(re.findall(r"<!-- table: (.*) -->", text))
+    unknown = wanted - tables.keys()
     if unknown:
         sys.exit(f"{page} wants tables that there are no runs for: {sorted(unknown)}. There are {sorted(tables)}.")
-    page.write_text(re.sub(r"(<!-- table: (.*) -->\n)(?:\n?(?:\|.*\n)+)?", lambda m: f"{m[1]}\n{tables[m[2]]}\n", text))
+    page.write_text(re.sub(r"(<!-- table: (.*) -->\n)(?:\n*(?:\|.*\n)+)?", lambda m: f"{m[1]}\n{tables[m[2]]}\n", text))
+    if tables.keys() - wanted:
+        print(f"Not on {page}: {', '.join(sorted(tables.keys() - wanted))}", file=sys.stderr)
 
 
-def main() -> None:
-    """Draw the figures and print the tables."""
+def main(arguments: list[str] | None = None) -> None:
+    """:param arguments: Those of the command line if None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tasks", nargs="+", default=[], help="all if left out")
     parser.add_argument("--algorithms", nargs="+", default=[], help="algorithms or experiments, all if left out")
     parser.add_argument("--out", type=Path, default=Path("docs/img"), help="where the figures go")
     parser.add_argument("--page", type=Path, help="Markdown page whose tables are replaced")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.page and args.algorithms:
+        parser.error("--page takes whole tables, with --algorithms they would lose rows: leave one of them out")
     found = collect(args.results, args.tasks, args.algorithms)
     if not found:
         sys.exit(f"No finished runs in {args.results}: make some with benchmarks/run.py")
-    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {task: read_settings(args.results, task, algorithms) for task, algorithms in found.items()}
     tables: dict[str, str] = {}
     for task, algorithms in found.items():
-        tables |= report(args.results, task, algorithms, args.out)
+        tables |= make_tables(task, algorithms, settings[task])
     for heading, text in tables.items():
         print(f"{heading}\n\n{text}\n")
+    # Before the figures: a page that is refused must not have new ones
     if args.page:
         fill_page(args.page, tables)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for task, algorithms in found.items():
+        draw(task, algorithms, settings[task], args.out)
 
 
 if __name__ == "__main__":

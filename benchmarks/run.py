@@ -47,6 +47,8 @@ from sb3_algd.policies import DiffusionPolicy
 from sb3_algd.recorder import LearningCurveRecorder, Row, describe, make_envs
 
 RESULTS = Path(__file__).parent / "results"
+#: Exit code of a run that another process is doing
+SKIPPED = 75
 
 #: The better of two settings for every baseline, and what ALGD and its relatives have by default
 TUNED = {"learning_rate": 1e-3, "tau": 0.02}
@@ -160,8 +162,7 @@ def train(run: Run) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"{run.label}: another process is doing this run, skipped", flush=True)
-        return
+        sys.exit(SKIPPED)
     if run.csv.exists():
         return
     th.set_num_threads(1)
@@ -194,12 +195,12 @@ def run_all(runs: list[Run], jobs: int) -> int:
 
     :param runs: The runs.
     :param jobs: How many processes at a time.
-    :return: How many of them failed.
+    :return: How many of them are not done, because they failed or another process is doing them.
     """
     # Inherited by the processes, whose libraries read it when they are imported
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
     context = multiprocessing.get_context("spawn")
-    waiting, failed = list(runs), 0
+    waiting, undone = list(runs), 0
     active: dict[int, tuple[BaseProcess, Run, float]] = {}
     try:
         while waiting or active:
@@ -215,13 +216,16 @@ def run_all(runs: list[Run], jobs: int) -> int:
                 process.join()
                 if process.exitcode == 0:
                     print(f"{run.label}: finished in {time.monotonic() - started:.0f} s", flush=True)
+                    continue
+                undone += 1
+                if process.exitcode == SKIPPED:
+                    print(f"{run.label}: another process is doing this run, skipped", flush=True)
                 else:
-                    failed += 1
                     print(f"{run.label}: FAILED with exit code {process.exitcode}, see the error above", flush=True)
     finally:
         for process, _, _ in active.values():
             process.terminate()
-    return failed
+    return undone
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -238,6 +242,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         target = overrides
         for parent in parents:
             target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise SystemExit(f"--set {pair}: {parent} is {target} already, it has no {last}")
         # YAML takes 3e-4 for a string, because it has no dot
         parsed = yaml.safe_load(value)
         if isinstance(parsed, str):
@@ -349,6 +355,11 @@ def prepare_folder(folder: Path, settings: Settings) -> None:
                 f"{folder} holds runs with other settings ({changes}). Give this experiment another --name or --out."
             )
         return
+    left = sorted(path.name for pattern in ("seed*.csv", "seed*_checkpoint") for path in folder.glob(pattern))
+    if left:
+        raise SystemExit(
+            f"{folder} has {', '.join(left)}, but no settings.yaml to say what was run: move them away, or give another --out."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({**described, "command": " ".join(["python", *sys.argv])}, sort_keys=False))
 
@@ -368,7 +379,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--envs", type=int, default=1, help="training environments")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the algorithm, as YAML")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="arguments of the algorithm, as YAML"
+    )
     parser.add_argument("--name", help="results folder of an experiment, needed with --set")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
     parser.add_argument(
@@ -377,7 +390,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="environment steps between checkpoints, much longer than an episode; none if left out",
     )
     parser.add_argument("--log", action="store_true", help="keep everything that the algorithm logs, in seed<k>_log/")
-    parser.add_argument("--save", action="store_true", help="keep the trained model, as seed<k>.zip")
+    parser.add_argument("--save", action="store_true", help="keep the trained models of the runs to be done, as seed<k>.zip")
     args = parser.parse_args(arguments)
     if args.checkpoint_every is not None:
         if args.log:
@@ -425,6 +438,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Seed by seed, so that an interrupted grid has something to say about every algorithm
     runs = [Run(settings, seed, folder, args.log, args.save) for seed in args.seeds for settings, folder in combinations]
     missing = [run for run in runs if not run.csv.exists()]
+    for run in runs:
+        if run not in missing:
+            # Of a run that was killed when it had just finished; to do it again must not mean to go on from its end
+            shutil.rmtree(run.checkpoint, ignore_errors=True)
     print(f"{len(runs)} runs, {len(runs) - len(missing)} finished before, {len(missing)} to do", flush=True)
     return 1 if run_all(missing, args.jobs) else 0
 

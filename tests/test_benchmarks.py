@@ -1,6 +1,8 @@
 """The benchmark runner: grids of runs that can be interrupted, and what is drawn from them."""
 
+import csv
 import dataclasses
+import fcntl
 import os
 import shlex
 import signal
@@ -19,6 +21,7 @@ import yaml
 
 from sb3_algd import ALGD
 from sb3_algd.plotting import read_curve
+from sb3_algd.recorder import COLUMNS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = ["--tasks", "TwoModes-v0", "--episodes", "2", "--jobs", "2"]
@@ -36,7 +39,7 @@ def call(out: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
+def test_a_grid_is_done_once(tmp_path: Path) -> None:
     arguments = ["--algorithms", "algd-ve", "--seeds", "0", "1", "--steps", "40", "--eval-every", "20", *TINY]
     output = call(tmp_path, *arguments)
     assert "2 runs, 0 finished before, 2 to do" in output
@@ -59,32 +62,82 @@ def test_a_grid_is_done_once_and_drawn(tmp_path: Path) -> None:
     assert "diffusion" not in defaults["policy_kwargs"]
 
     # Only the seed that is new is done
-    output = call(tmp_path, *arguments[:4], *arguments[4:])
-    assert "0 to do" in output
-    assert {path.name: path.read_text() for path in folder.glob("*.csv")} == curves
+    (folder / "seed1.csv").unlink()
+    assert "2 runs, 1 finished before, 1 to do" in call(tmp_path, *arguments)
+    # The column of the seconds is never the same
+    redone = (folder / "seed1.csv").read_text().splitlines()
+    assert [row.rpartition(",")[0] for row in redone] == [row.rpartition(",")[0] for row in curves["seed1.csv"].splitlines()]
+    assert (folder / "seed0.csv").read_text() == curves["seed0.csv"]
 
-    page = tmp_path / "page.md"
-    marker = "<!-- table: TwoModes-v0, experiments, ends -->"
-    empty = "<!-- table: TwoModes-v0, experiments, last quarter -->"
-    page.write_text(f"{empty}\n\nBefore\n\n{marker}\n\n| old |\n| --- |\n| 1 |\n\nAfter | all\n")
-    draw = [sys.executable, str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--out", str(tmp_path / "img")]
-    draw += ["--page", str(page)]
-    printed = subprocess.run(draw, capture_output=True, text=True, timeout=300, check=True).stdout
-    tables = [line for line in printed.splitlines() if line.startswith("|")]
-    assert tables[2].startswith("| tiny | 0, 1 |")
-    assert tables[5].startswith("| tiny | 40 |")
+
+@pytest.fixture
+def small_results(tmp_path: Path) -> Path:
+    """Two runs of one experiment, at the steps 20 and 40."""
+    folder = tmp_path / "TwoModes-v0" / "tiny"
+    folder.mkdir(parents=True)
+    for seed in (0, 1):
+        rows = [dict.fromkeys(COLUMNS, 7.5) | {"step": step} for step in (20, 40)]
+        with (folder / f"seed{seed}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    (folder / "settings.yaml").write_text("{steps: 40, cost_limit: 64.0, kwargs: {}}")
+    return tmp_path
+
+
+MARKER = "<!-- table: TwoModes-v0, experiments, ends -->"
+OTHER_MARKER = "<!-- table: TwoModes-v0, experiments, last quarter -->"
+
+
+def draw_arguments(results: Path) -> list[str]:
+    return ["--results", str(results), "--out", str(results / "img"), "--page", str(results / "page.md")]
+
+
+def test_a_page_gets_figures_and_tables(small_results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = small_results / "page.md"
+    page.write_text(f"{OTHER_MARKER}\n\nBefore\n\n{MARKER}\n\n| old |\n| --- |\n| 1 |\n\nAfter | all\n")
+    plot.main(draw_arguments(small_results))
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    tables = [line for line in printed.out.splitlines() if line.startswith("|")]
+    assert tables[2].startswith("| tiny | 0, 1 | 7.5 [7.5, 7.5] |")
+    assert tables[5].startswith("| tiny | 40 | 7.5 / 7.5, 7.5 / 7.5 |")
     for table in (tables[:3], tables[3:]):
         assert len({line.count("|") for line in table}) == 1
-    assert (tmp_path / "img" / "TwoModes-v0-experiments.png").stat().st_size > 10_000
-    filled = "\n".join([empty, "", *tables[:3], "", "Before", "", marker, "", *tables[3:], "", "After | all", ""])
-    assert page.read_text() == filled
+    assert (small_results / "img" / "TwoModes-v0-experiments.png").stat().st_size > 10_000
+    assert page.read_text() == "\n".join(
+        [OTHER_MARKER, "", *tables[:3], "", "Before", "", MARKER, "", *tables[3:], "", "After | all", ""]
+    )
 
+    # A table without a marker is named; blank lines do not hide an old table, nor does the end of the page hide a marker
+    for text in (f"{MARKER}\n\n\n| old |\n| --- |\n", MARKER):
+        page.write_text(text)
+        plot.main(draw_arguments(small_results))
+        assert f"Not on {page}: TwoModes-v0, experiments, last quarter" in capsys.readouterr().err
+        assert page.read_text() == "\n".join([MARKER, "", *tables[3:], ""])
+
+
+def test_a_page_that_is_refused_changes_nothing(small_results: Path) -> None:
     # A marker that nothing answers would leave an old table standing
-    page.write_text(filled.replace("ends -->", "end -->"))
-    refused = subprocess.run(draw, capture_output=True, text=True, timeout=300)
-    assert refused.returncode != 0
-    assert "TwoModes-v0, experiments, end'" in refused.stderr
-    assert page.read_text() == filled.replace("ends -->", "end -->")
+    page = small_results / "page.md"
+    text = MARKER.replace("ends", "end")
+    page.write_text(text)
+    with pytest.raises(SystemExit, match="TwoModes-v0, experiments, end'"):
+        plot.main(draw_arguments(small_results))
+    assert page.read_text() == text
+    assert not (small_results / "img").exists()
+
+
+def test_a_page_takes_all_algorithms(small_results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plot.main([*draw_arguments(small_results), "--algorithms", "tiny"])
+    assert "would lose rows" in capsys.readouterr().err
+
+
+def test_a_run_that_is_shorter_than_its_settings_say_is_refused(small_results: Path) -> None:
+    (small_results / "TwoModes-v0" / "tiny" / "settings.yaml").write_text("{steps: 60, cost_limit: 64.0, kwargs: {}}")
+    with pytest.raises(SystemExit, match="seed 0 ends at step 40, its settings say 60"):
+        plot.main(draw_arguments(small_results))
 
 
 def test_a_killed_run_starts_afresh(tmp_path: Path) -> None:
@@ -192,12 +245,25 @@ def test_an_argument_that_only_the_stored_runs_have_is_a_difference(tmp_path: Pa
 
 
 @pytest.mark.parametrize("path", sorted(run.RESULTS.glob("*/*/settings.yaml")), ids=lambda path: path.parent.name)
-def test_the_command_of_a_committed_result_is_the_one_that_makes_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_of_a_committed_result_is_the_one_that_makes_it(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(given: Any, *args: Any) -> int:
+        assert not given, "there is no CSV for a seed of the command"
+        return 0
+
+    monkeypatch.setattr(run, "run_all", missing)
+    monkeypatch.setattr(toy, "train", missing)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
     _, script, *arguments = shlex.split(yaml.safe_load(path.read_text())["command"])
     # Ends the program if it has other settings than the stored runs
-    status = {"benchmarks/run.py": run, "benchmarks/toy.py": toy}[script].main(arguments)
+    assert {"benchmarks/run.py": run, "benchmarks/toy.py": toy}[script].main(arguments) == 0
     output = capsys.readouterr().out
-    assert status == 0 and ("0 to do" in output or script == "benchmarks/toy.py")
+    n_seeds = len(list(path.parent.glob("seed*.csv")))
+    if script == "benchmarks/run.py":
+        assert f"{n_seeds} runs, {n_seeds} finished before" in output
+    else:
+        assert output.count(f"| {path.parent.name} |") == n_seeds
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -230,6 +296,51 @@ def test_overrides_are_yaml(pairs: list[str], expected: dict[str, Any]) -> None:
 def test_an_override_without_a_value_is_refused() -> None:
     with pytest.raises(SystemExit, match="key=value"):
         run.parse_overrides(["rho"])
+
+
+def test_an_override_inside_of_a_value_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"--set a\.b=1: a is None already"):
+        run.parse_overrides(["a=null", "a.b=1"])
+
+
+def test_overrides_that_are_given_one_by_one_all_count() -> None:
+    assert run.parse_arguments(["--name", "x", "--algorithms", "sac", "--set", "a=1", "--set", "b=2"]).set == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize("left", ["seed0.csv", "seed0_checkpoint"])
+def test_runs_without_settings_are_not_taken_for_others(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).touch()
+    with pytest.raises(SystemExit, match=f"{left}, but no settings.yaml"):
+        run.prepare_folder(tmp_path, toy_settings())
+
+
+def test_a_checkpoint_of_a_finished_run_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "TwoModes-v0" / "algd-ve"
+    arguments = ["--tasks", "TwoModes-v0", "--algorithms", "algd-ve", "--seeds", "0", "--out", str(tmp_path)]
+    (folder / "seed0_checkpoint").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"no settings\.yaml"):
+        run.main(arguments)
+    (folder / "seed0_checkpoint").rmdir()
+    run.prepare_folder(
+        folder,
+        dataclasses.replace(toy_settings(policy_kwargs={"diffusion": "ve"}), steps=20_000, eval_every=2000, n_episodes=20),
+    )
+    (folder / "seed0.csv").touch()
+    (folder / "seed0_checkpoint").mkdir()
+    assert run.main(arguments) == 0
+    assert not (folder / "seed0_checkpoint").exists()
+
+
+def test_a_run_of_another_process_is_not_reported_as_finished(tmp_path: Path) -> None:
+    folder = tmp_path / "TwoModes-v0" / "tiny"
+    folder.mkdir(parents=True)
+    with (folder / ".seed0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = ["--algorithms", "algd-ve", "--seeds", "0", "--steps", "20", *TINY]
+        skipped = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, timeout=300)
+    assert skipped.returncode == 1
+    assert "another process is doing this run" in skipped.stdout
+    assert "finished in" not in skipped.stdout
 
 
 def test_overrides_win_and_leave_the_defaults_alone() -> None:
@@ -288,10 +399,11 @@ def test_seeds_are_in_order_and_at_the_same_steps(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for seed, last in ((10, 2), (2, 2), (3, 3)):
         (folder / f"seed{seed}.csv").write_text(f"step,return_mean\n1,{seed}\n{last},{seed}\n")
+    (folder / "settings.yaml").write_text("steps: 2")
     found = plot.collect(tmp_path, [], [])["TwoModes-v0"]
     assert list(found["x"]) == [2, 3, 10]
     with pytest.raises(SystemExit, match=r"TwoModes-v0/x: .*same steps"):
-        plot.report(tmp_path, "TwoModes-v0", found, tmp_path)
+        plot.read_settings(tmp_path, "TwoModes-v0", found)
 
 
 def test_one_seed_has_no_interval() -> None:
