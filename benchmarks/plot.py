@@ -6,7 +6,8 @@ Draw the figures and write the tables of what ``benchmarks/run.py`` has left.
 For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own), those with
 several seeds if there are such. On standard output, for either of them, one Markdown table of the last quarter of the
 evaluations and one of the ends of the runs. With ``--page`` these tables also replace those of a Markdown page, each under
-its marker ``<!-- table: <heading> -->``; a table that has no marker there is named.
+its marker ``<!-- table: <heading> -->``; a table that has no marker there is named. One more table compares ALGD on all
+tasks with the best of the others that keep the limit on average.
 
 Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
 costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
@@ -43,6 +44,9 @@ STATISTICS = (
     "| algorithm | seeds | return, IQM | cost, mean | limit | evaluations within the limit "
     "| cost of a training episode | cost of the whole training |"
 )
+STANDING = "| task | limit | algd-ve | algd-ddpm | best other with the constraint | best without it |"
+#: What ALGD is compared with in its last two columns
+OTHERS = (("algd-ve-plain", "sac-augmented", "sac-lagrangian"), ("sac", "tqc"))
 ENDS = "| algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
 
 
@@ -136,6 +140,35 @@ def statistics_row(task: str, algorithm: str, runs: Runs, settings: dict[str, An
         f"{training_cost(runs):.1f}",
         total_training_cost(task, runs, settings),
     ]
+    return f"| {' | '.join(cells)} |"
+
+
+def standing(runs: Runs, limit: float) -> str:
+    """
+    :param runs: The runs of one algorithm.
+    :param limit: The cost limit.
+    :return: Return / cost of the last quarter, and with how many seeds the latter is within the limit.
+    """
+    costs = last_quarter(runs, "cost_mean")
+    value = trim_mean(last_quarter(runs, "return_mean").ravel(), 0.25)
+    return f"{value:.1f} / {costs.mean():.1f} ({np.sum(costs.mean(axis=1) <= limit)} of {len(costs)})"
+
+
+def standing_row(task: str, algorithms: dict[str, Runs], limit: float) -> str:
+    """
+    :param task: The task.
+    :param algorithms: For each algorithm its runs.
+    :param limit: The cost limit.
+    :return: A row of the table that compares ALGD with the best of the others that are within the limit on average.
+    """
+    cells = [task, f"{limit:g}"]
+    cells += [standing(algorithms[name], limit) if name in algorithms else "" for name in ("algd-ve", "algd-ddpm")]
+    for group in OTHERS:
+        run = [name for name in group if name in algorithms]
+        within = [name for name in run if last_quarter(algorithms[name], "cost_mean").mean() <= limit]
+        values = {name: trim_mean(last_quarter(algorithms[name], "return_mean").ravel(), 0.25) for name in within}
+        best = max(values, key=lambda name: values[name], default=None)
+        cells.append(f"{best}: {standing(algorithms[best], limit)}" if best else "none within it" if run else "")
     return f"| {' | '.join(cells)} |"
 
 
@@ -260,6 +293,14 @@ def main(arguments: list[str] | None = None) -> None:
     tables: dict[str, str] = {}
     for task, algorithms in found.items():
         tables |= make_tables(task, algorithms, settings[task])
+    rows = []
+    for task, algorithms in found.items():
+        others = [name for group in OTHERS for name in group if name in algorithms]
+        limit = settings[task][others[0]]["cost_limit"] if others else None
+        if limit is not None:
+            rows.append(standing_row(task, algorithms, limit))
+    if rows:
+        tables["where ALGD stands"] = table(STANDING, rows)
     for heading, text in tables.items():
         print(f"{heading}\n\n{text}\n")
     # Before the figures: a page that is refused must not have new ones
