@@ -85,13 +85,13 @@ def with_interval(values: np.ndarray, trimmed: float) -> str:
     mean = f"{trim_mean(values.ravel(), trimmed):.1f}"
     if len(values) == 1:
         return mean
+
+    def statistic(seeds: np.ndarray, axis: int) -> np.ndarray:
+        drawn = values[np.moveaxis(seeds, axis, -1)]
+        return np.asarray(trim_mean(drawn.reshape(*drawn.shape[:-2], -1), trimmed, axis=-1))
+
     low, high = bootstrap(
-        (np.arange(len(values)),),
-        lambda seeds: trim_mean(values[seeds].ravel(), trimmed),
-        n_resamples=N_RESAMPLES,
-        vectorized=False,
-        method="percentile",
-        rng=0,
+        (np.arange(len(values)),), statistic, n_resamples=N_RESAMPLES, vectorized=True, method="percentile", rng=0
     ).confidence_interval
     return f"{mean} [{low:.1f}, {high:.1f}]"
 
