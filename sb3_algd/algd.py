@@ -132,6 +132,9 @@ class ALGD(OffPolicyAlgorithm):
     :param guidance_coef: Weight of the policy loss through the denoising chain
     :param score_coef: Weight of the score matching loss
     :param cost_risk_coef: Number of standard deviations over the cost critics that are added to their mean
+    :param cost_target_risk_coef: Number of standard deviations over the target cost critics that are added to what each of
+        them expects. It makes up for the policy's choice of actions whose cost is underestimated, as the minimum of the two
+        reward critics does for those whose value is overestimated (the paper has none)
     :param bound_cost_targets: Whether what the target cost critics expect counts as no less than the lowest costs seen
         allow: 0 if there were no negative ones (the paper's code has no such bound)
     :param score_pairing: State that step k's score is learned at: the one ``"after"`` the step's update (the paper's code)
@@ -208,6 +211,7 @@ class ALGD(OffPolicyAlgorithm):
         guidance_coef: float = 1.0,
         score_coef: float = 0.1,
         cost_risk_coef: float = 1.0,
+        cost_target_risk_coef: float = 0.0,
         bound_cost_targets: bool = True,
         score_pairing: ScorePairing = "after",
         score_space: ScoreSpace = "action",
@@ -267,6 +271,7 @@ class ALGD(OffPolicyAlgorithm):
         self.guidance_coef = guidance_coef
         self.score_coef = score_coef
         self.cost_risk_coef = cost_risk_coef
+        self.cost_target_risk_coef = cost_target_risk_coef
         self.bound_cost_targets = bound_cost_targets
         self.score_pairing = score_pairing
         self.score_space = score_space
@@ -350,7 +355,7 @@ class ALGD(OffPolicyAlgorithm):
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in ("rho", "guidance_coef", "score_coef", "cost_risk_coef"):
+        for name in ("rho", "guidance_coef", "score_coef", "cost_risk_coef", "cost_target_risk_coef"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
         if self.episode_length is not None and (self.episode_length < 1 or self.episode_length != int(self.episode_length)):
@@ -546,6 +551,8 @@ class ALGD(OffPolicyAlgorithm):
         cost_discounts = self.cost_gamma if batch.cost_discounts is None else batch.cost_discounts
         with th.no_grad():
             next_values, next_costs = self._next_values(batch.next_observations)
+            if self.cost_target_risk_coef > 0.0 and len(next_costs) > 1:
+                next_costs = next_costs + self.cost_target_risk_coef * next_costs.std(dim=0)
             # A multiplier that pulls hard otherwise finds actions whose cost is underestimated, down to below zero
             next_costs = th.maximum(next_costs, self._cost_floor)
             targets = batch.rewards + (1 - batch.dones) * discounts * next_values

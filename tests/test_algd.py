@@ -255,6 +255,24 @@ def test_expected_costs_are_no_lower_than_the_costs_seen_allow(bound: bool, lowe
     assert metrics["cost_critic_loss"].item() == pytest.approx((values - targets).square().mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("n_critics", [1, 4])
+def test_pessimistic_cost_targets(n_critics: int) -> None:
+    model = make_model(cost_gamma=0.9, cost_target_risk_coef=0.5, policy_kwargs={"net_arch": [8], "n_cost_critics": n_critics})
+    model.learn(20)
+    assert model.replay_buffer is not None
+    members = th.tensor([1.0, 2.0, 4.0, 9.0])[:n_critics, None, None]
+    with th.no_grad():
+        for parameter in model.cost_critic_target.parameters():
+            parameter.zero_()
+        model.cost_critic_target.biases[-1].copy_(members)
+    batch: Any = model.replay_buffer.sample(64)
+    values = model.cost_critic(batch.observations, batch.actions).detach()
+    expected = members + 0.5 * members.std() if n_critics > 1 else members
+    targets = batch.costs + 0.9 * expected  # no episode of this environment terminates
+    metrics, _ = model._update_critics(batch)
+    assert metrics["cost_critic_loss"].item() == pytest.approx((values - targets).square().mean().item(), rel=1e-5)
+
+
 def test_the_bound_of_expected_costs_follows_the_buffer() -> None:
     model = make_model(make_env(2), cost_limit=[5.0, 5.0], cost_gamma=0.9)
     model.learn(21)
