@@ -649,17 +649,23 @@ class ALGD(OffPolicyAlgorithm):
             energy_grad = critic.action_gradient(value_gradients) + cost_critic.action_gradient(cost_gradients)
         return energy.detach(), energy_grad, risk.detach()
 
-    def _episode_risk(self) -> th.Tensor | None:
-        """Cost of recent training episodes in the budget's unit, shape (n_constraints,), where it moves the multipliers."""
+    def _recent_cost(self) -> np.ndarray | None:
+        """Mean cost of the last training episodes in the budget's unit, shape (n_constraints,); None before one has ended."""
         tracker = self._cost_tracker
-        if self.multiplier_signal != "episodes" or tracker is None:
+        if tracker is None:
             return None
         recent = tracker.discounted_costs if self.cost_limit_discounted else tracker.episode_costs
-        if len(recent) == 0:
-            self._warn_no_episode(tracker)
+        return self._budget_factor * np.mean(list(recent)[-SIGNAL_EPISODES:], axis=0) if recent else None
+
+    def _episode_risk(self) -> th.Tensor | None:
+        """The same, on the device, where it moves the multipliers."""
+        if self.multiplier_signal != "episodes" or self._cost_tracker is None:
             return None
-        mean_cost = np.mean(list(recent)[-SIGNAL_EPISODES:], axis=0)
-        return to_device(th.as_tensor(self._budget_factor * mean_cost, dtype=th.float32), self.device)
+        cost = self._recent_cost()
+        if cost is None:
+            self._warn_no_episode(self._cost_tracker)
+            return None
+        return to_device(th.as_tensor(cost, dtype=th.float32), self.device)
 
     def _warn_no_episode(self, tracker: EpisodeCostTracker) -> None:
         """
@@ -697,6 +703,9 @@ class ALGD(OffPolicyAlgorithm):
                 )
             self._record_each(f"train/{name}", values)
         self._record_each("train/cost_budget", self.cost_budget)
+        cost = self._recent_cost()
+        if cost is not None:
+            self._record_each("train/episode_risk", cost)
 
     def _record_each(self, key: str, values: np.ndarray) -> None:
         """Record a value, or each of several under a numbered key."""

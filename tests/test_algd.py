@@ -507,7 +507,10 @@ def test_costs_and_losses_are_logged(tmp_path: Path) -> None:
     assert row["rollout/ep_cost_mean"] == pytest.approx(costs)
     assert row["rollout/cost_rate"] == pytest.approx(costs / 20)  # five whole episodes of 20 steps
     assert row["rollout/cost_limit"] == 5.0 and row["rollout/horizon"] == 20
-    assert row["train/cost_budget"] == pytest.approx(5.0 * (1 - 0.9**20) / 0.1 / 20)
+    factor = (1 - 0.9**20) / 0.1 / 20
+    assert row["train/cost_budget"] == pytest.approx(5.0 * factor)
+    # As of the last update, which came before the fifth episode had ended
+    assert row["train/episode_risk"] == pytest.approx(np.mean(list(model.ep_cost_buffer)[:4]) * factor)
     assert "rollout/ep_rew_mean" in row and "rollout/ep_cost_discounted_mean" not in row
     for key in ("critic_loss", "cost_critic_loss", "guidance_loss", "score_loss", "policy_grad_norm", "risk", "policy_risk"):
         assert np.isfinite(row[f"train/{key}"])
@@ -520,6 +523,9 @@ def test_each_constraint_is_logged_and_discounted_limits_in_their_unit(tmp_path:
     assert [row["train/cost_budget_0"], row["train/cost_budget_1"]] == [5.0, 3.0]
     assert row["train/multiplier_0"] > 0 and row["train/risk_1"] != row["train/risk_0"]
     assert 0 < row["rollout/ep_cost_discounted_mean_0"] < row["rollout/ep_cost_mean_0"]
+    assert model._cost_tracker is not None
+    before = np.mean(list(model._cost_tracker.discounted_costs)[:4], axis=0)
+    assert [row["train/episode_risk_0"], row["train/episode_risk_1"]] == pytest.approx(before.tolist())
 
 
 def test_the_limit_that_the_environment_declares_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
