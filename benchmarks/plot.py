@@ -7,7 +7,7 @@ For each task a figure of the algorithms and one of the experiments (runs with a
 several seeds if there are such. On standard output, for either of them, one Markdown table of the last quarter of the
 evaluations and one of the ends of the runs. With ``--page`` these tables also replace those of a Markdown page, each under
 its marker ``<!-- table: <heading> -->``; a table that has no marker there is named. One more table compares ALGD on all
-tasks with the best of the others that keep the limit on average.
+tasks with the best of the others that keep the limit on average, and one has what ``benchmarks/calibration.py`` has left.
 
 Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
 costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
@@ -26,6 +26,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import yaml
+from calibration import FILE, read_lines
 from run import ALGORITHMS, RESULTS
 from scipy.stats import bootstrap, trim_mean  # type: ignore[import-untyped]
 
@@ -47,6 +48,10 @@ STATISTICS = (
 STANDING = "| task | limit | algd-ve | algd-ddpm | best other with the constraint | best without it |"
 #: What ALGD is compared with in its last two columns
 OTHERS = (("algd-ve-plain", "sac-augmented", "sac-lagrangian"), ("sac", "tqc"))
+CALIBRATION = (
+    "| task | algorithm | seeds | budget | expected by the cost critics, each seed | risk in the energy, each seed "
+    "| paid, each seed |"
+)
 ENDS = "| algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
 
 
@@ -193,6 +198,23 @@ def table(header: str, rows: list[str]) -> str:
     return "\n".join([header, "|" + " --- |" * (header.count("|") - 1), *rows])
 
 
+def calibration_table(results: Path, algorithms: dict[str, list[str]]) -> str | None:
+    """
+    :param results: The results folder.
+    :param algorithms: For each task its algorithms and experiments.
+    :return: The table of what ``calibration.py`` has left, None if there is nothing.
+    """
+    rows = []
+    for task, names in algorithms.items():
+        for name in names:
+            lines = read_lines(results / task / name / FILE)
+            if lines:
+                cells = [task, name, ", ".join(f"{line['seed']:g}" for line in lines), f"{lines[0]['budget']:.2f}"]
+                cells += [", ".join(f"{line[key]:.2f}" for line in lines) for key in ("expected", "risk", "paid")]
+                rows.append(f"| {' | '.join(cells)} |")
+    return table(CALIBRATION, rows) if rows else None
+
+
 def read_settings(results: Path, task: str, algorithms: dict[str, Runs]) -> dict[str, dict[str, Any]]:
     """
     Read the settings of the runs, and end the program where these are not what the settings say.
@@ -301,6 +323,9 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(standing_row(task, algorithms, limit))
     if rows:
         tables["where ALGD stands"] = table(STANDING, rows)
+    calibration = calibration_table(args.results, {task: list(algorithms) for task, algorithms in found.items()})
+    if calibration is not None:
+        tables["what the cost critics expect"] = calibration
     for heading, text in tables.items():
         print(f"{heading}\n\n{text}\n")
     # Before the figures: a page that is refused must not have new ones

@@ -1,0 +1,165 @@
+"""
+Ask the cost critics of trained models what the policy is going to pay, and let it play to see what it pays.
+
+    python benchmarks/calibration.py --tasks Safexp-PointButton2-v0 --algorithms algd-ve sac-lagrangian
+
+For each run that has left its model (``benchmarks/run.py --save``) a line in ``calibration.csv``, beside the learning curves:
+means over the steps of 20 stochastic episodes of what the cost critics expect of the action that was taken, of the risk that
+the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end of the
+episode; and the budget. A run that has a line is not played again. Of an episode that the time limit ends, the last
+``2 / (1 - cost_gamma)`` steps or so are left out, because their costs go on after its end: what was paid is too low by what
+comes so late that it is discounted to 14 % or less.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+import yaml
+from run import ALGORITHMS, RESULTS
+
+from sb3_algd import ALGD
+from sb3_algd.buffers import read_costs
+from sb3_algd.evaluation import evaluate_policy
+from sb3_algd.lagrangian import estimate_risk
+from sb3_algd.recorder import EVAL_SEED, make_envs, preserved_random_state
+
+FILE = "calibration.csv"
+COLUMNS = ("seed", "step", "budget", "expected", "risk", "paid", "n_steps")
+N_EPISODES = 20
+
+
+class Episodes:
+    """
+    Callback of ``evaluate_policy`` that keeps what the critics expect and what is paid.
+
+    :param model: The model that plays, with one constraint.
+    """
+
+    def __init__(self, model: ALGD) -> None:
+        self.model = model
+        #: For each step that counts: expectation of the critics, risk, discounted cost from there on
+        self.steps: list[np.ndarray] = []
+        self._running: dict[int, list[tuple[float, float, float]]] = {}
+        self._asked: object = None
+
+    def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        """Count one step of one environment, see SB3's ``evaluate_policy`` for the arguments."""
+        index, info = locals_["i"], locals_["info"]
+        # Once per step of all environments, whichever of them still plays
+        if locals_["observations"] is not self._asked:
+            self._asked = locals_["observations"]
+            self._ask(locals_["observations"], locals_["actions"])
+        cost = float(read_costs([info], self.model.cost_key, 1)[0].item())
+        episode = self._running.setdefault(index, [])
+        episode.append((float(self._expected[index]), float(self._risk[index]), cost))
+        if locals_["done"]:
+            self.steps += discounted(np.array(self._running.pop(index)), self.model.cost_gamma, info["TimeLimit.truncated"])
+
+    def _ask(self, observations: np.ndarray, actions: np.ndarray) -> None:
+        policy = self.model.policy
+        policy.set_training_mode(False)
+        with th.no_grad():
+            scaled = th.as_tensor(policy.scale_action(actions), dtype=th.float32)
+            costs = self.model.cost_critic(policy.obs_to_tensor(observations)[0], scaled)
+        self._expected = costs.mean(dim=0).squeeze(-1)
+        self._risk = estimate_risk(costs, self.model.cost_risk_coef).squeeze(-1)
+
+
+def discounted(episode: np.ndarray, cost_gamma: float, truncated: bool) -> list[np.ndarray]:
+    """
+    :param episode: Expectation, risk and cost of each step, shape (steps, 3).
+    :param cost_gamma: The discount factor.
+    :param truncated: Whether the time limit ended the episode.
+    :return: The steps that count, with the discounted cost from there on instead of the cost.
+    """
+    counted, to_come = [], 0.0
+    left_out = round(2.0 / (1.0 - cost_gamma)) - 1 if truncated else 0
+    for n_left, (expected, risk, cost) in enumerate(reversed(episode), start=1):
+        to_come = cost + cost_gamma * to_come
+        if n_left > left_out:
+            counted.append(np.array([expected, risk, to_come]))
+    return counted
+
+
+def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -> dict[str, float]:
+    """
+    :param path: A saved model.
+    :param task: Its task.
+    :param algorithm: Its algorithm, a key of ``run.ALGORITHMS``.
+    :param seed: The seed of its run.
+    :param n_episodes: How many episodes are played.
+    :return: The line of this model.
+    """
+    model_class = ALGORITHMS[algorithm][0]
+    assert issubclass(model_class, ALGD)
+    model = model_class.load(path, device="cpu")
+    if model.n_constraints != 1 or model.cost_gamma == 1.0:
+        sys.exit(f"{path}: only models with one constraint and a discounted cost can be asked.")
+    env = make_envs(task, n_episodes)
+    played = Episodes(model)
+    with preserved_random_state(model.device):
+        th.manual_seed(EVAL_SEED * (seed + 1))
+        env.seed(EVAL_SEED * (seed + 1))
+        evaluate_policy(model, env, n_episodes, deterministic=False, callback=played)
+    env.close()
+    if not played.steps:
+        sys.exit(f"{task}: its episodes are shorter than 2 / (1 - cost_gamma) steps, so that no step can be counted.")
+    expected, risk, paid = np.mean(played.steps, axis=0).tolist()
+    budget = float(model.cost_budget[0])
+    values = (seed, model.num_timesteps, budget, expected, risk, paid, len(played.steps))
+    return dict(zip(COLUMNS, map(float, values), strict=True))
+
+
+def algorithm_of(folder: Path) -> str:
+    """:param folder: A results folder. :return: Key of ``run.ALGORITHMS`` of what was run there."""
+    return str(yaml.safe_load((folder / "settings.yaml").read_text())["algorithm"])
+
+
+def write_lines(path: Path, lines: list[dict[str, float]]) -> None:
+    """:param path: A ``calibration.csv``. :param lines: All of its lines."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in line.items()} for line in lines)
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """:param path: A ``calibration.csv``. :return: Its lines, none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in line.items()} for line in csv.DictReader(file)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """:param arguments: Those of the command line if None."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", required=True, help="Gymnasium ids")
+    parser.add_argument("--algorithms", nargs="+", default=["algd-ve"], help="algorithms or experiments with a cost critic")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the models are")
+    args = parser.parse_args(arguments)
+    th.set_num_threads(1)
+    found = False
+    for task in args.tasks:
+        for name in args.algorithms:
+            folder = args.results / task / name
+            lines = {int(line["seed"]): line for line in read_lines(folder / FILE)}
+            for path in sorted(folder.glob("seed*.zip")):
+                found = True
+                seed = int(path.stem.removeprefix("seed"))
+                if seed in lines:
+                    continue
+                lines[seed] = line = measure(path, task, algorithm_of(folder), seed, N_EPISODES)
+                print(f"{task}/{name}/seed{seed}: " + ", ".join(f"{key} {line[key]:.3g}" for key in COLUMNS[2:6]), flush=True)
+                write_lines(folder / FILE, [lines[key] for key in sorted(lines)])
+    if not found:
+        sys.exit(f"No models in {args.results}: keep them with benchmarks/run.py --save")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What the critics expect is compared with what is paid, of the same steps."""
+
+from pathlib import Path
+from typing import Any
+
+import calibration
+import gymnasium as gym
+import numpy as np
+import plot
+import pytest
+import torch as th
+import yaml
+
+from sb3_algd import ALGD
+from sb3_algd.recorder import make_envs
+from tests.test_algd import CostlyEnv
+
+COST_GAMMA = 0.9
+#: Longer than 2 / (1 - COST_GAMMA)
+N_STEPS = 24
+
+
+class SteadyCostEnv(CostlyEnv):
+    """Every step costs 1. An episode ends by itself after N_STEPS, and one step earlier with every other reset."""
+
+    n_resets = 0
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        self.left = N_STEPS - self.n_resets % 2
+        SteadyCostEnv.n_resets += 1
+        return super().reset(**kwargs)
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, reward, _, _, info = super().step(action)
+        self.left -= 1
+        return observation, reward, self.left == 0, False, info | {"cost": 1.0}
+
+
+gym.register("SteadyCost-v0", lambda **kwargs: SteadyCostEnv())
+# Ends with a truncation
+gym.register("SteadyCostLimited-v0", lambda **kwargs: SteadyCostEnv(), max_episode_steps=N_STEPS - 2)
+
+
+def make_model(task: str) -> ALGD:
+    kwargs: dict[str, Any] = dict(cost_limit=7.0, cost_gamma=COST_GAMMA, episode_length=N_STEPS, learning_starts=1000, seed=0)
+    return ALGD("DiffusionPolicy", make_envs(task), policy_kwargs=dict(net_arch=[8]), **kwargs).learn(30)
+
+
+def expecting(model: ALGD, values: list[float]) -> ALGD:
+    """:return: The model, whose cost critics expect the values of every action, one each."""
+    layer = [module for module in model.cost_critic.parameters() if module.shape[-1] == 1][-1]
+    with th.no_grad():
+        for parameter in model.cost_critic.parameters():
+            parameter.zero_()
+        layer.copy_(th.tensor(values).view_as(layer))
+    return model
+
+
+def place(model: ALGD, folder: Path, seed: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.yaml").write_text(yaml.safe_dump({"algorithm": "algd-ve"}))
+    model.save(folder / f"seed{seed}")
+
+
+def to_come(n_left: np.ndarray) -> np.ndarray:
+    """:return: The discounted cost of so many steps."""
+    return np.asarray((1 - COST_GAMMA**n_left) / (1 - COST_GAMMA))
+
+
+@pytest.mark.parametrize(
+    ("task", "n_left"),
+    [
+        ("SteadyCost-v0", np.r_[1 : N_STEPS + 1, 1:N_STEPS]),
+        ("SteadyCostLimited-v0", np.r_[20 : N_STEPS - 1, 20 : N_STEPS - 1]),
+    ],
+)
+def test_the_same_steps_are_expected_and_paid(
+    tmp_path: Path, task: str, n_left: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "N_EPISODES", 2)
+    folder = tmp_path / task / "algd-ve"
+    place(expecting(make_model(task), [1.0, 2.0, 3.0, 6.0]), folder)
+    calibration.main(["--tasks", task, "--results", str(tmp_path)])
+    (line,) = calibration.read_lines(folder / "calibration.csv")
+    assert line["seed"] == 0
+    assert line["step"] == 30
+    # What 7 per episode is per step, for as long as the discount lets it count
+    assert line["budget"] == pytest.approx(7.0 / N_STEPS * to_come(np.array(N_STEPS)), rel=1e-4)
+    assert line["expected"] == pytest.approx(3.0, rel=1e-4)
+    assert line["risk"] == pytest.approx(3.0 + np.std([1.0, 2.0, 3.0, 6.0], ddof=1), rel=1e-4)
+    assert line["n_steps"] == len(n_left)
+    assert line["paid"] == pytest.approx(to_come(n_left).mean(), rel=1e-4)
+
+    # A line is kept, one of another seed is added
+    capsys.readouterr()
+    place(expecting(make_model(task), [0.0] * 4), folder, seed=1)
+    (folder / "seed0.zip").write_text("not a model")
+    calibration.main(["--tasks", task, "--results", str(tmp_path)])
+    assert "seed0" not in capsys.readouterr().out
+    first, second = calibration.read_lines(folder / "calibration.csv")
+    assert first == line
+    assert (second["seed"], second["expected"]) == (1, 0)
+
+    table = plot.calibration_table(tmp_path, {task: ["algd-ve", "sac"]})
+    paid = f"{line['paid']:.2f}, {line['paid']:.2f}"
+    row = f"| {task} | algd-ve | 0, 1 | {line['budget']:.2f} | 3.00, 0.00 | 5.16, 0.00 | {paid} |"
+    assert table is not None
+    assert table.splitlines()[2:] == [row]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    task = "SteadyCostLimited-v0"
+    arguments = ["--tasks", task, "--results", str(tmp_path)]
+    with pytest.raises(SystemExit, match="--save"):
+        calibration.main(arguments)
+    model = make_model(task)
+    model.cost_gamma = 0.99
+    place(model, tmp_path / task / "algd-ve")
+    with pytest.raises(SystemExit, match="shorter than"):
+        calibration.main(arguments)
+    model.cost_gamma = 1.0
+    place(model, tmp_path / task / "algd-ve")
+    with pytest.raises(SystemExit, match="discounted"):
+        calibration.main(arguments)
+    assert not (tmp_path / task / "algd-ve" / "calibration.csv").exists()
+    assert plot.calibration_table(tmp_path, {task: ["algd-ve"]}) is None
