@@ -6,9 +6,10 @@ Ask the cost critics of trained models what the policy is going to pay, and let 
 For each run that has left its model (``benchmarks/run.py --save``) a line in ``calibration.csv``, beside the learning curves:
 means over the steps of 20 stochastic episodes of what the cost critics expect of the action that was taken, of the risk that
 the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end of the
-episode; and the budget. A run that has a line is not played again. Of an episode that the time limit ends, the last
-``2 / (1 - cost_gamma)`` steps or so are left out, because their costs go on after its end: what was paid is too low by what
-comes so late that it is discounted to 14 % or less.
+episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played again.
+
+Of an episode that the time limit ends, the last ``2 / (1 - cost_gamma)`` steps or so are left out, because their costs go on
+after its end: what was paid is too low by what comes so late that it is discounted to 14 % or less.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from sb3_algd.lagrangian import estimate_risk
 from sb3_algd.recorder import EVAL_SEED, make_envs, preserved_random_state
 
 FILE = "calibration.csv"
-COLUMNS = ("seed", "step", "budget", "expected", "risk", "paid", "n_steps")
+COLUMNS = ("seed", "step", "budget", "expected", "risk", "paid", "paid_error", "n_steps")
 N_EPISODES = 20
 
 
@@ -42,8 +43,8 @@ class Episodes:
 
     def __init__(self, model: ALGD) -> None:
         self.model = model
-        #: For each step that counts: expectation of the critics, risk, discounted cost from there on
-        self.steps: list[np.ndarray] = []
+        #: For each episode and step that counts: expectation of the critics, risk, discounted cost from there on
+        self.episodes: list[np.ndarray] = []
         self._running: dict[int, list[tuple[float, float, float]]] = {}
         self._asked: object = None
 
@@ -58,7 +59,9 @@ class Episodes:
         episode = self._running.setdefault(index, [])
         episode.append((float(self._expected[index]), float(self._risk[index]), cost))
         if locals_["done"]:
-            self.steps += discounted(np.array(self._running.pop(index)), self.model.cost_gamma, info["TimeLimit.truncated"])
+            counted = discounted(np.array(self._running.pop(index)), self.model.cost_gamma, info["TimeLimit.truncated"])
+            if len(counted) > 0:
+                self.episodes.append(counted)
 
     def _ask(self, observations: np.ndarray, actions: np.ndarray) -> None:
         policy = self.model.policy
@@ -70,20 +73,19 @@ class Episodes:
         self._risk = estimate_risk(costs, self.model.cost_risk_coef).squeeze(-1)
 
 
-def discounted(episode: np.ndarray, cost_gamma: float, truncated: bool) -> list[np.ndarray]:
+def discounted(episode: np.ndarray, cost_gamma: float, truncated: bool) -> np.ndarray:
     """
     :param episode: Expectation, risk and cost of each step, shape (steps, 3).
     :param cost_gamma: The discount factor.
     :param truncated: Whether the time limit ended the episode.
-    :return: The steps that count, with the discounted cost from there on instead of the cost.
+    :return: The steps that count, with the discounted cost from there on instead of the cost, shape (counted steps, 3).
     """
-    counted, to_come = [], 0.0
+    counted, to_come = episode.copy(), 0.0
+    for step in reversed(range(len(episode))):
+        to_come = episode[step, 2] + cost_gamma * to_come
+        counted[step, 2] = to_come
     left_out = round(2.0 / (1.0 - cost_gamma)) - 1 if truncated else 0
-    for n_left, (expected, risk, cost) in enumerate(reversed(episode), start=1):
-        to_come = cost + cost_gamma * to_come
-        if n_left > left_out:
-            counted.append(np.array([expected, risk, to_come]))
-    return counted
+    return counted[: max(len(episode) - left_out, 0)]
 
 
 def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -> dict[str, float]:
@@ -107,11 +109,12 @@ def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -
         env.seed(EVAL_SEED * (seed + 1))
         evaluate_policy(model, env, n_episodes, deterministic=False, callback=played)
     env.close()
-    if not played.steps:
+    if not played.episodes:
         sys.exit(f"{task}: its episodes are shorter than 2 / (1 - cost_gamma) steps, so that no step can be counted.")
-    expected, risk, paid = np.mean(played.steps, axis=0).tolist()
-    budget = float(model.cost_budget[0])
-    values = (seed, model.num_timesteps, budget, expected, risk, paid, len(played.steps))
+    steps = np.concatenate(played.episodes)
+    of_episodes = [episode[:, 2].mean() for episode in played.episodes]
+    error = np.std(of_episodes, ddof=1) / np.sqrt(len(of_episodes)) if len(of_episodes) > 1 else np.nan
+    values = (seed, model.num_timesteps, model.cost_budget[0], *steps.mean(axis=0), error, len(steps))
     return dict(zip(COLUMNS, map(float, values), strict=True))
 
 
@@ -155,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if seed in lines:
                     continue
                 lines[seed] = line = measure(path, task, algorithm_of(folder), seed, N_EPISODES)
-                print(f"{task}/{name}/seed{seed}: " + ", ".join(f"{key} {line[key]:.3g}" for key in COLUMNS[2:6]), flush=True)
+                print(f"{task}/{name}/seed{seed}: " + ", ".join(f"{key} {line[key]:.3g}" for key in COLUMNS[2:7]), flush=True)
                 write_lines(folder / FILE, [lines[key] for key in sorted(lines)])
     if not found:
         sys.exit(f"No models in {args.results}: keep them with benchmarks/run.py --save")

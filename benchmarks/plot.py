@@ -50,7 +50,7 @@ STANDING = "| task | limit | algd-ve | algd-ddpm | best other with the constrain
 OTHERS = (("algd-ve-plain", "sac-augmented", "sac-lagrangian"), ("sac", "tqc"))
 CALIBRATION = (
     "| task | algorithm | seeds | budget | expected by the cost critics, each seed | risk in the energy, each seed "
-    "| paid, each seed |"
+    "| paid ± standard error, each seed |"
 )
 ENDS = "| algorithm | steps | return / cost, each seed | deterministic return / cost, each seed |"
 
@@ -210,7 +210,8 @@ def calibration_table(results: Path, algorithms: dict[str, list[str]]) -> str | 
             lines = read_lines(results / task / name / FILE)
             if lines:
                 cells = [task, name, ", ".join(f"{line['seed']:g}" for line in lines), f"{lines[0]['budget']:.2f}"]
-                cells += [", ".join(f"{line[key]:.2f}" for line in lines) for key in ("expected", "risk", "paid")]
+                cells += [", ".join(f"{line[key]:.2f}" for line in lines) for key in ("expected", "risk")]
+                cells.append(", ".join(f"{line['paid']:.2f} ± {line['paid_error']:.2f}" for line in lines))
                 rows.append(f"| {' | '.join(cells)} |")
     return table(CALIBRATION, rows) if rows else None
 

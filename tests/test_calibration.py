@@ -90,6 +90,9 @@ def test_the_same_steps_are_expected_and_paid(
     assert line["risk"] == pytest.approx(3.0 + np.std([1.0, 2.0, 3.0, 6.0], ddof=1), rel=1e-4)
     assert line["n_steps"] == len(n_left)
     assert line["paid"] == pytest.approx(to_come(n_left).mean(), rel=1e-4)
+    ends = np.flatnonzero(np.diff(n_left) < 0) + 1
+    of_episodes = [to_come(part).mean() for part in np.split(n_left, ends)]
+    assert line["paid_error"] == pytest.approx(np.std(of_episodes, ddof=1) / np.sqrt(2), rel=1e-3, abs=1e-6)
 
     # A line is kept, one of another seed is added
     capsys.readouterr()
@@ -102,7 +105,7 @@ def test_the_same_steps_are_expected_and_paid(
     assert (second["seed"], second["expected"]) == (1, 0)
 
     table = plot.calibration_table(tmp_path, {task: ["algd-ve", "sac"]})
-    paid = f"{line['paid']:.2f}, {line['paid']:.2f}"
+    paid = ", ".join([f"{line['paid']:.2f} ± {line['paid_error']:.2f}"] * 2)
     row = f"| {task} | algd-ve | 0, 1 | {line['budget']:.2f} | 3.00, 0.00 | 5.16, 0.00 | {paid} |"
     assert table is not None
     assert table.splitlines()[2:] == [row]
