@@ -8,8 +8,9 @@ means over the steps of 20 stochastic episodes of what the cost critics expect o
 the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end of the
 episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played again.
 
-Of an episode that the time limit ends, the last ``2 / (1 - cost_gamma)`` steps or so are left out, because their costs go on
-after its end: what was paid is too low by what comes so late that it is discounted to 14 % or less.
+The last ``2 / (1 - cost_gamma)`` steps or so before the time limit are left out, because their costs go on after it: what was
+paid is too low by what comes so late that it is discounted to 14 % or less. The models are those of ``run.py``, which have no
+``VecNormalize``; to measure a run that was repeated, delete its line.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from run import ALGORITHMS, RESULTS
 
 from sb3_algd import ALGD
 from sb3_algd.buffers import read_costs
+from sb3_algd.constraint import declared_by_env
 from sb3_algd.evaluation import evaluate_policy
 from sb3_algd.lagrangian import estimate_risk
 from sb3_algd.recorder import EVAL_SEED, make_envs, preserved_random_state
@@ -39,10 +41,12 @@ class Episodes:
     Callback of ``evaluate_policy`` that keeps what the critics expect and what is paid.
 
     :param model: The model that plays, with one constraint.
+    :param n_counted: How many steps of each episode count, from its start; all if None.
     """
 
-    def __init__(self, model: ALGD) -> None:
+    def __init__(self, model: ALGD, n_counted: int | None) -> None:
         self.model = model
+        self.n_counted = n_counted
         #: For each episode and step that counts: expectation of the critics, risk, discounted cost from there on
         self.episodes: list[np.ndarray] = []
         self._running: dict[int, list[tuple[float, float, float]]] = {}
@@ -59,9 +63,8 @@ class Episodes:
         episode = self._running.setdefault(index, [])
         episode.append((float(self._expected[index]), float(self._risk[index]), cost))
         if locals_["done"]:
-            counted = discounted(np.array(self._running.pop(index)), self.model.cost_gamma, info["TimeLimit.truncated"])
-            if len(counted) > 0:
-                self.episodes.append(counted)
+            # Whether it went on for long or not: to choose by the end of an episode is to choose by its costs
+            self.episodes.append(discounted(np.array(self._running.pop(index)), self.model.cost_gamma)[: self.n_counted])
 
     def _ask(self, observations: np.ndarray, actions: np.ndarray) -> None:
         policy = self.model.policy
@@ -73,19 +76,29 @@ class Episodes:
         self._risk = estimate_risk(costs, self.model.cost_risk_coef).squeeze(-1)
 
 
-def discounted(episode: np.ndarray, cost_gamma: float, truncated: bool) -> np.ndarray:
+def discounted(episode: np.ndarray, cost_gamma: float) -> np.ndarray:
     """
     :param episode: Expectation, risk and cost of each step, shape (steps, 3).
     :param cost_gamma: The discount factor.
-    :param truncated: Whether the time limit ended the episode.
-    :return: The steps that count, with the discounted cost from there on instead of the cost, shape (counted steps, 3).
+    :return: The same with the discounted cost from there on instead of the cost.
     """
-    counted, to_come = episode.copy(), 0.0
-    for step in reversed(range(len(episode))):
-        to_come = episode[step, 2] + cost_gamma * to_come
-        counted[step, 2] = to_come
-    left_out = round(2.0 / (1.0 - cost_gamma)) - 1 if truncated else 0
-    return counted[: max(len(episode) - left_out, 0)]
+    steps, to_come = episode.copy(), 0.0
+    for step in reversed(steps):
+        step[2] = to_come = step[2] + cost_gamma * to_come
+    return steps
+
+
+def error_of_mean(values: list[np.ndarray]) -> float:
+    """
+    :param values: Values of the steps of each episode.
+    :return: Standard error, over the episodes, of the mean over all steps; not a number for one episode.
+    """
+    n = len(values)
+    if n == 1:
+        return float("nan")
+    everything = np.concatenate(values)
+    deviations = np.array([np.sum(episode - everything.mean()) for episode in values])
+    return float(np.sqrt(n / (n - 1) * np.sum(deviations**2)) / len(everything))
 
 
 def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -> dict[str, float]:
@@ -98,22 +111,24 @@ def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -
     :return: The line of this model.
     """
     model_class = ALGORITHMS[algorithm][0]
-    assert issubclass(model_class, ALGD)
+    if not issubclass(model_class, ALGD):
+        sys.exit(f"{path}: {algorithm} has no cost critic that could be asked.")
     model = model_class.load(path, device="cpu")
     if model.n_constraints != 1 or model.cost_gamma == 1.0:
         sys.exit(f"{path}: only models with one constraint and a discounted cost can be asked.")
     env = make_envs(task, n_episodes)
-    played = Episodes(model)
+    limit = declared_by_env(env, "_max_episode_steps")
+    n_counted = None if limit is None else limit + 1 - round(2.0 / (1.0 - model.cost_gamma))
+    if n_counted is not None and n_counted <= 0:
+        sys.exit(f"{task}: its episodes are shorter than 2 / (1 - cost_gamma) steps, so that no step can be counted.")
+    played = Episodes(model, n_counted)
     with preserved_random_state(model.device):
         th.manual_seed(EVAL_SEED * (seed + 1))
         env.seed(EVAL_SEED * (seed + 1))
         evaluate_policy(model, env, n_episodes, deterministic=False, callback=played)
     env.close()
-    if not played.episodes:
-        sys.exit(f"{task}: its episodes are shorter than 2 / (1 - cost_gamma) steps, so that no step can be counted.")
     steps = np.concatenate(played.episodes)
-    of_episodes = [episode[:, 2].mean() for episode in played.episodes]
-    error = np.std(of_episodes, ddof=1) / np.sqrt(len(of_episodes)) if len(of_episodes) > 1 else np.nan
+    error = error_of_mean([episode[:, 2] for episode in played.episodes])
     values = (seed, model.num_timesteps, model.cost_budget[0], *steps.mean(axis=0), error, len(steps))
     return dict(zip(COLUMNS, map(float, values), strict=True))
 
@@ -147,21 +162,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the models are")
     args = parser.parse_args(arguments)
     th.set_num_threads(1)
-    found = False
+    without: list[str] = []
     for task in args.tasks:
         for name in args.algorithms:
             folder = args.results / task / name
             lines = {int(line["seed"]): line for line in read_lines(folder / FILE)}
-            for path in sorted(folder.glob("seed*.zip")):
-                found = True
+            paths = sorted(folder.glob("seed*.zip"))
+            if not paths and not lines:
+                without.append(str(folder))
+            for path in paths:
                 seed = int(path.stem.removeprefix("seed"))
                 if seed in lines:
                     continue
                 lines[seed] = line = measure(path, task, algorithm_of(folder), seed, N_EPISODES)
                 print(f"{task}/{name}/seed{seed}: " + ", ".join(f"{key} {line[key]:.3g}" for key in COLUMNS[2:7]), flush=True)
                 write_lines(folder / FILE, [lines[key] for key in sorted(lines)])
-    if not found:
-        sys.exit(f"No models in {args.results}: keep them with benchmarks/run.py --save")
+    if without:
+        sys.exit(f"No models in {', '.join(without)}: keep them with benchmarks/run.py --save")
 
 
 if __name__ == "__main__":

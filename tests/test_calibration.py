@@ -1,7 +1,7 @@
 """What the critics expect is compared with what is paid, of the same steps."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import calibration
 import gymnasium as gym
@@ -40,6 +40,29 @@ gym.register("SteadyCost-v0", lambda **kwargs: SteadyCostEnv())
 # Ends with a truncation
 gym.register("SteadyCostLimited-v0", lambda **kwargs: SteadyCostEnv(), max_episode_steps=N_STEPS - 2)
 
+gym.register("SteadyCostMixed-v0", lambda **kwargs: SteadyCostEnv(), max_episode_steps=N_STEPS)
+
+
+class RecordingEnv(CostlyEnv):
+    """Each step costs what the first number of its observation is, from 0 to 1; keeps the costs and the actions it gets."""
+
+    made: ClassVar[list["RecordingEnv"]] = []
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        if not hasattr(self, "given"):
+            self.given: list[tuple[float, float]] = []
+            self.made.append(self)
+        return super().reset(**kwargs)
+
+    def step(self, action: np.ndarray) -> Any:
+        cost = float(abs(self.state[0]))
+        self.given.append((cost, float(action[0])))
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated, truncated, info | {"cost": cost}
+
+
+gym.register("Recording-v0", lambda **kwargs: RecordingEnv(), max_episode_steps=N_STEPS)
+
 
 def make_model(task: str) -> ALGD:
     kwargs: dict[str, Any] = dict(cost_limit=7.0, cost_gamma=COST_GAMMA, episode_length=N_STEPS, learning_starts=1000, seed=0)
@@ -72,6 +95,8 @@ def to_come(n_left: np.ndarray) -> np.ndarray:
     [
         ("SteadyCost-v0", np.r_[1 : N_STEPS + 1, 1:N_STEPS]),
         ("SteadyCostLimited-v0", np.r_[20 : N_STEPS - 1, 20 : N_STEPS - 1]),
+        # One ends with the limit, the other by itself, one step before it
+        ("SteadyCostMixed-v0", np.r_[20 : N_STEPS + 1, 19:N_STEPS]),
     ],
 )
 def test_the_same_steps_are_expected_and_paid(
@@ -90,9 +115,8 @@ def test_the_same_steps_are_expected_and_paid(
     assert line["risk"] == pytest.approx(3.0 + np.std([1.0, 2.0, 3.0, 6.0], ddof=1), rel=1e-4)
     assert line["n_steps"] == len(n_left)
     assert line["paid"] == pytest.approx(to_come(n_left).mean(), rel=1e-4)
-    ends = np.flatnonzero(np.diff(n_left) < 0) + 1
-    of_episodes = [to_come(part).mean() for part in np.split(n_left, ends)]
-    assert line["paid_error"] == pytest.approx(np.std(of_episodes, ddof=1) / np.sqrt(2), rel=1e-3, abs=1e-6)
+    parts = np.split(to_come(n_left), np.flatnonzero(np.diff(n_left) < 0) + 1)
+    assert line["paid_error"] == pytest.approx(calibration.error_of_mean(parts), rel=1e-3, abs=1e-6)
 
     # A line is kept, one of another seed is added
     capsys.readouterr()
@@ -111,12 +135,53 @@ def test_the_same_steps_are_expected_and_paid(
     assert table.splitlines()[2:] == [row]
 
 
+def test_every_step_has_its_own_state_action_and_cost() -> None:
+    model = make_model("Recording-v0")
+
+    def expect(obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        # Actions are in [-1, 1] here
+        return th.stack([obs[:, :1].abs() + k + 10 * actions[:, :1] for k in (0.0, 2.0)])
+
+    model.cost_critic.forward = expect  # type: ignore
+    model.cost_risk_coef = 0.5
+    env = make_envs("Recording-v0", 3)
+    RecordingEnv.made.clear()
+    played = calibration.Episodes(model, n_counted=7)
+    calibration.evaluate_policy(model, env, 3, deterministic=False, callback=played)
+    assert len(played.episodes) == 3
+    for episode, source in zip(played.episodes, RecordingEnv.made, strict=True):
+        costs, actions = np.array(source.given[:N_STEPS]).T
+        expected = costs + 1 + 10 * actions / 2
+        paid = [np.sum(costs[step:] * COST_GAMMA ** np.arange(N_STEPS - step)) for step in range(7)]
+        assert episode == pytest.approx(np.stack([expected[:7], expected[:7] + 0.5 * np.sqrt(2), paid], axis=1), rel=1e-3)
+
+
+def test_a_measurement_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    model = make_model("Recording-v0")
+    model.save(tmp_path / "model")
+    first, again, other = (calibration.measure(tmp_path / "model", "Recording-v0", "algd-ve", seed, 3) for seed in (0, 0, 1))
+    assert first == again
+    assert first["paid"] != other["paid"]
+
+
+def test_the_error_is_that_of_the_mean_over_all_steps() -> None:
+    alike = [np.full(4, value) for value in (1.0, 2.0, 6.0)]
+    assert calibration.error_of_mean(alike) == pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3))
+    # A short episode counts for as little in the error as in the mean
+    assert calibration.error_of_mean([np.zeros(801)] * 19 + [np.ones(1)]) < 1e-3
+    assert np.isnan(calibration.error_of_mean([np.ones(3)]))
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     task = "SteadyCostLimited-v0"
     arguments = ["--tasks", task, "--results", str(tmp_path)]
     with pytest.raises(SystemExit, match="--save"):
         calibration.main(arguments)
     model = make_model(task)
+    place(model, tmp_path / task / "sac")
+    (tmp_path / task / "sac" / "settings.yaml").write_text("algorithm: sac")
+    with pytest.raises(SystemExit, match="no cost critic"):
+        calibration.main([*arguments, "--algorithms", "sac"])
     model.cost_gamma = 0.99
     place(model, tmp_path / task / "algd-ve")
     with pytest.raises(SystemExit, match="shorter than"):
