@@ -67,8 +67,8 @@ class Episodes:
             self.episodes.append(discounted(np.array(self._running.pop(index)), self.model.cost_gamma)[: self.n_counted])
 
     def _ask(self, observations: np.ndarray, actions: np.ndarray) -> None:
+        # In evaluation mode, as predict() has left it
         policy = self.model.policy
-        policy.set_training_mode(False)
         with th.no_grad():
             scaled = th.as_tensor(policy.scale_action(actions), dtype=th.float32)
             costs = self.model.cost_critic(policy.obs_to_tensor(observations)[0], scaled)

@@ -39,7 +39,6 @@ class SteadyCostEnv(CostlyEnv):
 gym.register("SteadyCost-v0", lambda **kwargs: SteadyCostEnv())
 # Ends with a truncation
 gym.register("SteadyCostLimited-v0", lambda **kwargs: SteadyCostEnv(), max_episode_steps=N_STEPS - 2)
-
 gym.register("SteadyCostMixed-v0", lambda **kwargs: SteadyCostEnv(), max_episode_steps=N_STEPS)
 
 
