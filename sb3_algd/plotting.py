@@ -109,8 +109,8 @@ def plot_learning_curves(
         below.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         # Over the panels, where it hides no line
         labels = above.get_legend_handles_labels()[1]
-        # As many columns as fit side by side: about 75 characters and the lines' samples
-        n_columns = min(max(75 // (max(map(len, labels), default=0) + 8), 1), 3)
+        # As many columns as fit side by side: about 84 characters and the lines' samples
+        n_columns = min(max(84 // (max(map(len, labels), default=0) + 8), 1), 3)
         legend = above.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=n_columns, borderaxespad=0.2, fontsize=9)
         n_rows = -(-len(legend.get_texts()) // n_columns)
         above.set_title(title, loc="left", pad=10 + 14 * n_rows, fontsize=12, fontweight="bold")
