@@ -155,10 +155,17 @@ def test_every_step_has_its_own_state_action_and_cost() -> None:
         assert episode == pytest.approx(np.stack([expected[:7], expected[:7] + 0.5 * np.sqrt(2), paid], axis=1), rel=1e-3)
 
 
-def test_a_measurement_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_a_measurement_is_of_stochastic_actions_and_depends_on_the_seed_alone(tmp_path: Path) -> None:
     model = make_model("Recording-v0")
+    # Without noise, no action is anything but 0
+    with th.no_grad():
+        for parameter in model.actor.parameters():
+            parameter.zero_()
     model.save(tmp_path / "model")
+    RecordingEnv.made.clear()
     first, again, other = (calibration.measure(tmp_path / "model", "Recording-v0", "algd-ve", seed, 3) for seed in (0, 0, 1))
+    actions = [np.array(source.given)[:, 1] for source in RecordingEnv.made]
+    assert all(np.std(given) > 0.01 for given in actions)
     assert first == again
     assert first["paid"] != other["paid"]
 
