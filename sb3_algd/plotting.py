@@ -38,7 +38,7 @@ STYLE: Any = {
 
 def read_curve(path: str | Path) -> Curve:
     """
-    :param path: A CSV file that :class:`~sb3_algd.recorder.LearningCurveRecorder` has left.
+    :param path: A CSV file that :class:`~sb3_algd.common.recorder.LearningCurveRecorder` has left.
     :return: Its columns.
     """
     table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))

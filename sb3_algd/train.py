@@ -17,9 +17,9 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.utils import get_latest_run_id
 
 from sb3_algd import ALGD, evaluate_policy
-from sb3_algd.callbacks import StopTrainingOnTimeLimit
+from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
+from sb3_algd.common.recorder import LearningCurveRecorder, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
-from sb3_algd.recorder import EVAL_SEED, LearningCurveRecorder, cost_discount, describe, make_envs
 
 # The networks are small: more threads than this wait for each other longer than they compute
 MAX_THREADS = 4
@@ -102,10 +102,8 @@ def report(model: ALGD, env_id: str, seed: int) -> None:
     unit = "discounted cost" if model.cost_limit_discounted else "cost"
     print(f"\n{'':32}{'return':>16}{unit:>18}   limit {limit:g}")
     for deterministic, n_episodes in ((False, N_FINAL_EPISODES), (True, 1)):
-        env = make_envs(env_id, n_episodes, seed=EVAL_SEED * (seed + 1))
-        mean_return, std_return, mean_cost, std_cost = evaluate_policy(
-            model, env, n_episodes, deterministic, warn=False, cost_key=model.cost_key, cost_gamma=cost_discount(model)
-        )
+        env = make_envs(env_id, n_episodes, seed=evaluation_seed(seed))
+        mean_return, std_return, mean_cost, std_cost = evaluate_policy(model, env, n_episodes, deterministic, warn=False)
         env.close()
         name = f"{n_episodes} {'deterministic' if deterministic else 'stochastic'} episode{'s' * (n_episodes > 1)}"
         verdict = "within the limit" if mean_cost <= limit else "OVER the limit"

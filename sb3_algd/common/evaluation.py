@@ -9,8 +9,17 @@ from stable_baselines3.common.evaluation import evaluate_policy as sb3_evaluate_
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd.buffers import CostKey, read_costs
-from sb3_algd.guards import explain_environment_errors, warn_user
+from sb3_algd.common.episode_costs import CostKey, EpisodeCostTracker, read_cost, read_costs
+from sb3_algd.common.guards import explain_environment_errors, warn_user
+
+
+def cost_discount(model: Any) -> float:
+    """
+    :param model: Any SB3 model.
+    :return: The discount factor with which costs are summed up in the unit of the model's limit: 1 unless the limit is a
+        discounted sum.
+    """
+    return model.cost_gamma if getattr(model, "cost_limit_discounted", False) else 1.0
 
 
 class CostCounter:
@@ -20,58 +29,68 @@ class CostCounter:
     :param cost_key: Key of ``info``, or a function of it.
     :param cost_gamma: Discount factor of the sums, 1 for plain sums.
     :param callback: The user's own callback, called as well.
+    :param n_constraints: Number of costs per step. None for as many as the first step that reports any has.
     """
 
-    def __init__(self, cost_key: CostKey, cost_gamma: float, callback: Callable[..., None] | None) -> None:
+    def __init__(
+        self,
+        cost_key: CostKey,
+        cost_gamma: float,
+        callback: Callable[..., None] | None = None,
+        n_constraints: int | None = None,
+    ) -> None:
         self.cost_key = cost_key
         self.cost_gamma = cost_gamma
         self.callback = callback
-        self.n_constraints: int | None = None
-        #: Costs of finished episodes, each of shape (n_constraints,)
-        self.episode_costs: list[np.ndarray] = []
+        self.n_constraints = n_constraints
         #: Whether any step reported a cost
         self.reported = False
-        self._running: dict[int, np.ndarray] = {}
-        self._discount: dict[int, float] = {}
+        self._tracker: EpisodeCostTracker | None = None
+
+    @property
+    def episode_costs(self) -> list[np.ndarray]:
+        """Costs of finished episodes, each of shape (n_constraints,)."""
+        return [] if self._tracker is None else list(self._tracker.discounted_costs)
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """Count one step of one environment, see SB3's ``evaluate_policy`` for the arguments."""
-        env_index, info = locals_["i"], locals_["info"]
+        info = locals_["info"]
         if self.n_constraints is None:
-            cost = self.cost_key(info) if callable(self.cost_key) else info.get(self.cost_key, 0.0)
-            self.n_constraints = np.size(cost)
-        costs, reported = read_costs([info], self.cost_key, self.n_constraints)
+            cost = read_cost(info, self.cost_key)
+            if cost is not None:
+                self.n_constraints = cost.size
+                if self._tracker is not None:
+                    self._tracker.widen(cost.size)
+        costs, reported = read_costs([info], self.cost_key, self.n_constraints or 1)
         self.reported |= reported
-        step_cost = costs[0].astype(np.float64)
-        discount = self._discount.get(env_index, 1.0)
-        self._running[env_index] = self._running.get(env_index, 0.0) + discount * step_cost
-        self._discount[env_index] = discount * self.cost_gamma
+        if self._tracker is None:
+            self._tracker = EpisodeCostTracker(locals_["n_envs"], self.n_constraints or 1, self.cost_gamma)
+        # A Monitor knows when an episode really ended (SB3 counts episodes by the same rule)
+        ended = locals_["done"] and ("episode" in info or not locals_["is_monitor_wrapped"])
         if self.callback is not None:
             self.callback(locals_, globals_)
-        # A Monitor knows when an episode really ended (SB3 counts episodes by the same rule)
-        if locals_["done"] and ("episode" in info or not locals_["is_monitor_wrapped"]):
-            self.episode_costs.append(self._running.pop(env_index))
-            self._discount.pop(env_index)
+        self._tracker.add(locals_["i"], costs[0], ended)
 
 
 def evaluate_policy(
     model: PolicyPredictor,
     env: gym.Env | VecEnv,
     n_eval_episodes: int = 10,
-    deterministic: bool = True,
+    deterministic: bool = False,
     render: bool = False,
     callback: Callable[[dict[str, Any], dict[str, Any]], None] | None = None,
     reward_threshold: float | None = None,
     return_episode_rewards: bool = False,
     warn: bool = True,
     cost_key: CostKey | None = None,
-    cost_gamma: float = 1.0,
+    cost_gamma: float | None = None,
 ) -> tuple[Any, ...]:
     """
     SB3's :func:`~stable_baselines3.common.evaluation.evaluate_policy` with the costs of the same episodes.
 
-    In an environment with a fixed start and no randomness all deterministic episodes are alike:
-    evaluate with ``deterministic=False`` too.
+    Actions are stochastic by default, unlike SB3's: the policy whose cost is limited is the stochastic one that acts in
+    training. Deterministic actions are another policy, and may cost more. (In an environment with a fixed start and no randomness
+    all deterministic episodes are alike.)
 
     :param model: The RL agent you want to evaluate.
     :param env: The gym environment or ``VecEnv`` environment.
@@ -88,8 +107,8 @@ def evaluate_policy(
         evaluation environment.
     :param cost_key: Key of ``info`` that holds a step's cost, or a function of ``info``. None for the model's own
         (``"cost"`` where it has none). An environment that reports no cost there gives a warning, and costs of 0.
-    :param cost_gamma: Discount factor of an episode's cost: 1 (default) for the plain sum,
-        the algorithm's ``cost_gamma`` where the limit is stated as a discounted sum.
+    :param cost_gamma: Discount factor of an episode's cost, 1 for the plain sum. None for the unit of the model's limit
+        (the plain sum where it has none).
     :return: Mean and standard deviation of the return, mean and standard deviation of the cost per episode
         (floats for one constraint, arrays of shape (n_constraints,) for several);
         lists and an array if ``return_episode_rewards`` is True.
@@ -98,7 +117,9 @@ def evaluate_policy(
     """
     if cost_key is None:
         cost_key = getattr(model, "cost_key", "cost")
-    counter = CostCounter(cost_key, cost_gamma, callback)
+    if cost_gamma is None:
+        cost_gamma = cost_discount(model)
+    counter = CostCounter(cost_key, cost_gamma, callback, getattr(model, "n_constraints", None))
     with explain_environment_errors():
         rewards, lengths = sb3_evaluate_policy(
             model,

@@ -14,10 +14,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd.buffers import CostKey, read_costs
-from sb3_algd.constraint import EpisodeCostTracker
-from sb3_algd.evaluation import evaluate_policy
-from sb3_algd.random_state import preserved_random_state
+from sb3_algd.common.episode_costs import CostKey, EpisodeCostTracker, read_costs
+from sb3_algd.common.evaluation import cost_discount, evaluate_policy
+from sb3_algd.common.random_state import preserved_random_state
 
 COLUMNS = (
     "step",
@@ -39,6 +38,15 @@ Row = dict[str, float]
 EVAL_SEED = 1_000_000
 
 
+def evaluation_seed(seed: int, step: int = 0) -> int:
+    """
+    :param seed: Seed of a run.
+    :param step: Step of an evaluation.
+    :return: Seed of the evaluation, one that NumPy's generators take, with room for the environments' numbers.
+    """
+    return (EVAL_SEED * (seed + 1) + step) % 2**31
+
+
 def make_envs(env_id: str, n_envs: int = 1, seed: int | None = None) -> VecEnv:
     """
     SB3's ``make_vec_env`` without rendering, which it always asks for where it is given an id.
@@ -49,15 +57,6 @@ def make_envs(env_id: str, n_envs: int = 1, seed: int | None = None) -> VecEnv:
     :return: The environments, each in a ``Monitor``.
     """
     return make_vec_env(lambda: gym.make(env_id), n_envs, seed=seed)
-
-
-def cost_discount(model: Any) -> float:
-    """
-    :param model: Any SB3 model.
-    :return: The discount factor with which costs are summed up in the unit of the model's limit: 1 unless the limit is a
-        discounted sum.
-    """
-    return model.cost_gamma if getattr(model, "cost_limit_discounted", False) else 1.0
 
 
 def describe(row: Row) -> str:
@@ -89,7 +88,7 @@ class LearningCurveRecorder(BaseCallback):
     random generators as they were. Costs are in the unit of the limit (a discounted sum if the limit is one).
 
     While training runs the file is named ``<path>.partial``, it gets its name when training has ended. A training that is
-    resumed (:func:`sb3_algd.checkpoint.resume`) goes on with the rows and the time that it had at its checkpoint.
+    resumed (:func:`sb3_algd.common.checkpoint.resume`) goes on with the rows and the time that it had at its checkpoint.
 
     :param path: The CSV file.
     :param make_eval_env: Makes that many environments, stepped together. They must not be normalised.
@@ -187,20 +186,22 @@ class LearningCurveRecorder(BaseCallback):
         self._stopwatch.lap()
 
     def _write(self) -> None:
-        with self.partial_path.open("w", newline="") as file:
+        # A run may be killed at any time, also while this is written: what it has measured must be on disk by then
+        new_path = self.partial_path.with_name(self.partial_path.name + ".new")
+        with new_path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({key: int(value) if key == "step" else f"{value:.6g}" for key, value in row.items()})
-            # A run may be killed at any time; what it has measured must be on disk by then
             file.flush()
             os.fsync(file.fileno())
+        new_path.replace(self.partial_path)
 
     def _play(self, env: VecEnv, n_episodes: int, deterministic: bool) -> tuple[list[float], np.ndarray]:
         """Return and cost of each of ``n_episodes`` episodes, whose seeds depend on the run's seed and on the step alone."""
         assert self.cost_gamma is not None
         with preserved_random_state(self.model.device):
-            seed = EVAL_SEED * (self.seed + 1) + self.num_timesteps
+            seed = evaluation_seed(self.seed, self.num_timesteps)
             set_random_seed(seed, using_cuda=self.model.device.type == "cuda")
             env.seed(seed)
             returns, _, costs = evaluate_policy(

@@ -6,7 +6,6 @@ Costs are vectors of ``n_constraints`` numbers per step, read from the environme
 """
 
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,10 +15,8 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Tenso
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_algd.guards import check_finite
-
-#: Where a step's cost is found: a key of ``info``, or a function of it that gives a number or one number per constraint
-CostKey = str | Callable[[dict[str, Any]], Any]
+from sb3_algd.common.episode_costs import CostKey, read_costs
+from sb3_algd.common.guards import check_finite
 
 
 class CostReplayBufferSamples(NamedTuple):
@@ -30,66 +27,36 @@ class CostReplayBufferSamples(NamedTuple):
     #: (batch, action_dim), in [-1, 1]
     actions: th.Tensor
     next_observations: th.Tensor | TensorDict
-    #: (batch, 1), 1 where the reward critics must not bootstrap
-    dones: th.Tensor
+    #: (batch, 1), 1 where the reward critics must not bootstrap: at terminations and where the reward is cut
+    reward_dones: th.Tensor
     #: (batch, 1), the n-step sum if n_steps > 1
     rewards: th.Tensor
     #: (batch, 1) discount of the reward bootstrap, None for one-step transitions
     discounts: th.Tensor | None
     #: (batch, n_constraints), the n-step sum if n_steps > 1
     costs: th.Tensor
-    #: (batch, 1), 1 where the episode terminated: the cost critics must not bootstrap
-    cost_dones: th.Tensor
+    #: (batch, 1), 1 where the episode terminated: no critic must bootstrap
+    terminations: th.Tensor
     #: (batch, 1) discount of the cost bootstrap, None for one-step transitions
     cost_discounts: th.Tensor | None
 
 
-def read_costs(infos: Sequence[dict[str, Any]], cost_key: CostKey, n_constraints: int) -> tuple[np.ndarray, bool]:
-    """
-    Costs of one step of each environment.
-
-    :param infos: One ``info`` per environment.
-    :param cost_key: Key of ``info``, or a function of it.
-    :param n_constraints: Number of costs expected per step.
-    :return: Costs of shape (n_envs, n_constraints), 0 where an environment reports none, and whether any reports one.
-    :raises ValueError: If the number of costs is not ``n_constraints``, or one is not finite.
-    """
-    costs = np.zeros((len(infos), n_constraints), dtype=np.float32)
-    reported = False
-    for row, info in zip(costs, infos, strict=True):
-        cost = cost_key(info) if callable(cost_key) else info.get(cost_key)
-        if cost is None:
-            continue
-        reported = True
-        cost = np.asarray(cost, dtype=np.float32).reshape(-1)
-        if cost.size != n_constraints:
-            raise ValueError(
-                f"The environment reports {cost.size} cost(s) per step but there are {n_constraints} cost limit(s): "
-                "give cost_limit one number per cost, or pick the costs that count with cost_key=<function of info>."
-            )
-        row[:] = cost
-    if not np.isfinite(costs).all():
-        raise ValueError(
-            f"The environment reported a non-finite cost: {costs.tolist()}. Nothing of it was stored; the model can still be "
-            f"saved. Fix the environment's cost ({cost_key!r})."
-        )
-    return costs, reported
-
-
-class _CostStorage(ReplayBuffer):
+class CostStorage(ReplayBuffer):
     """
     What every buffer with costs shares, mixed into one of SB3's replay buffers.
 
     :param args: Arguments of the SB3 buffer.
     :param n_constraints: Number of costs per step.
-    :param cost_key: Key of ``info`` that holds the cost, or a (picklable) function of ``info``.
+    :param cost_key: Key of ``info`` that holds the cost, or a function of ``info`` (which is not pickled with the buffer).
     :param reward_cut_key: Key of ``info`` whose truth cuts the reward bootstrap, and only that, at a step that does not end
         the episode (the paper's code does so with ``"goal_met"``). None for never.
     :param kwargs: Keyword arguments of the SB3 buffer.
     """
 
-    #: Arrays that change in rows other than the one that is added
-    rewritten_rows: ClassVar[tuple[str, ...]] = ()
+    #: Names of arrays that change in rows other than the one that is added
+    rewritten_arrays: ClassVar[tuple[str, ...]] = ()
+    #: Names of attributes that follow the model's arguments, also in a buffer that was loaded from a file
+    model_settings: ClassVar[tuple[str, ...]] = ("cost_key", "reward_cut_key")
 
     def __init__(
         self,
@@ -101,14 +68,42 @@ class _CostStorage(ReplayBuffer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.n_constraints = n_constraints
-        self.cost_key = cost_key
+        self.cost_key: CostKey | None = cost_key
         self.reward_cut_key = reward_cut_key
+        #: Whether the environment has ever reported a cost
+        self.cost_reported = False
         #: Number of rows ever stored, overwritten ones too
         self.n_added = 0
         #: (n_constraints,) lowest costs ever stored, 0 where none was negative
         self.lowest_costs = np.zeros(n_constraints, dtype=np.float32)
         self.costs = np.zeros((self.buffer_size, self.n_envs, n_constraints), dtype=np.float32)
         self.reward_cuts = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if callable(self.cost_key):
+            # A lambda cannot be pickled, and its user has it anyway: the model that loads the buffer gives it its own
+            state["cost_key"] = None
+        return state
+
+    def adopt_settings(self, other: "CostStorage") -> None:
+        """
+        Take over what belongs to the model and not to the stored transitions.
+
+        :param other: The buffer that this one takes the place of, made with the model's arguments.
+        :raises ValueError: If the buffers are of different kinds.
+        """
+        if type(self) is not type(other) or self.n_constraints != other.n_constraints:
+            raise ValueError(
+                f"The replay buffer is a {type(self).__name__} with {self.n_constraints} cost(s) per step, but the model has a "
+                f"{type(other).__name__} with {other.n_constraints}: load one that was saved by a model with the same "
+                "n_steps, replay_buffer_class and number of constraints."
+            )
+        for name in self.model_settings:
+            setattr(self, name, getattr(other, name))
+        # Files of version 0.1.0 have neither
+        self.cost_reported = getattr(self, "cost_reported", True)
+        self.lowest_costs = getattr(self, "lowest_costs", np.minimum(self.costs.min(axis=(0, 1)), 0.0))
 
     def add(
         self,
@@ -128,18 +123,29 @@ class _CostStorage(ReplayBuffer):
         :param reward: Rewards
         :param done: Whether episodes ended
         :param infos: Infos, which hold the costs
-        :raises ValueError: If an observation, reward or cost is not finite, or the number of costs is wrong; nothing is stored
+        :raises ValueError: If the next observation, reward or cost is not finite, or the number of costs is wrong; nothing is
+            stored. (The observation was a next one, or the model has checked it after a reset.)
         """
-        costs, _ = read_costs(infos, self.cost_key, self.n_constraints)
+        if self.cost_key is None:
+            raise ValueError(
+                "This replay buffer comes from a file, and its cost_key was a function, which is not stored: "
+                "set its attribute cost_key before adding to it."
+            )
+        costs, reported = read_costs(infos, self.cost_key, self.n_constraints)
         check_finite("observation", next_obs)
-        check_finite("observation", obs)
         check_finite("reward", np.asarray(reward))
+        self.cost_reported |= reported
         self.costs[self.pos] = costs
         self.lowest_costs = np.minimum(self.lowest_costs, costs.min(axis=0))
         if self.reward_cut_key is not None:
             self.reward_cuts[self.pos] = [bool(info.get(self.reward_cut_key, False)) for info in infos]
         super().add(obs, next_obs, action, reward, done, infos)
         self.n_added += 1
+
+    @property
+    def newest_costs(self) -> np.ndarray:
+        """Costs of the newest step, shape (n_envs, n_constraints)."""
+        return self.costs[(self.pos - 1) % self.buffer_size]
 
     def end_episodes(self) -> None:
         """Let the running episodes end with the newest transition, as at a time limit: a reset is about to follow."""
@@ -176,24 +182,24 @@ class _CostStorage(ReplayBuffer):
             observations=self._lookup(self.observations, batch_inds, envs, env),
             actions=self.to_torch(self.actions[batch_inds, envs]),
             next_observations=next_observations,
-            dones=self.to_torch(np.maximum(terminated, self.reward_cuts[batch_inds, envs])).unsqueeze(1),
+            reward_dones=self.to_torch(np.maximum(terminated, self.reward_cuts[batch_inds, envs])).unsqueeze(1),
             rewards=self.to_torch(self._normalize_reward(self.rewards[batch_inds, envs], env)).unsqueeze(1),
             discounts=None,
             costs=self.to_torch(self.costs[batch_inds, envs]),
-            cost_dones=self.to_torch(terminated).unsqueeze(1),
+            terminations=self.to_torch(terminated).unsqueeze(1),
             cost_discounts=None,
         )
 
 
-class CostReplayBuffer(_CostStorage):
+class CostReplayBuffer(CostStorage):
     """:class:`~stable_baselines3.common.buffers.ReplayBuffer` with costs."""
 
 
-class CostDictReplayBuffer(_CostStorage, DictReplayBuffer):  # type: ignore[misc]
+class CostDictReplayBuffer(CostStorage, DictReplayBuffer):  # type: ignore[misc]
     """:class:`~stable_baselines3.common.buffers.DictReplayBuffer` with costs."""
 
 
-class CostNStepReplayBuffer(_CostStorage, NStepReplayBuffer):
+class CostNStepReplayBuffer(CostStorage, NStepReplayBuffer):
     """
     :class:`~stable_baselines3.common.buffers.NStepReplayBuffer` with costs: n-step sums of rewards, discounted by ``gamma``,
     and of costs, discounted by ``cost_gamma``.
@@ -202,8 +208,10 @@ class CostNStepReplayBuffer(_CostStorage, NStepReplayBuffer):
     :param n_steps: Number of steps summed up.
     :param gamma: Discount factor of rewards.
     :param cost_gamma: Discount factor of costs.
-    :param kwargs: See :class:`_CostStorage`.
+    :param kwargs: See :class:`CostStorage`.
     """
+
+    model_settings = (*CostStorage.model_settings, "n_steps", "gamma", "cost_gamma")
 
     def __init__(self, *args: Any, n_steps: int = 3, gamma: float = 0.99, cost_gamma: float = 0.99, **kwargs: Any) -> None:
         super().__init__(*args, n_steps=n_steps, gamma=gamma, **kwargs)
@@ -235,11 +243,11 @@ class CostNStepReplayBuffer(_CostStorage, NStepReplayBuffer):
             observations=self._lookup(self.observations, batch_inds, envs, env),
             actions=self.to_torch(self.actions[batch_inds, envs]),
             next_observations=self._lookup(self.next_observations, last_rows, envs, env),
-            dones=self._column(dones),
+            reward_dones=self._column(dones),
             rewards=self._column(rewards.sum(axis=1)),
             discounts=self._column(self.gamma ** (reward_last + 1.0)),
             costs=self.to_torch(costs.sum(axis=1).astype(np.float32)),
-            cost_dones=self._column(terminated),
+            terminations=self._column(terminated),
             cost_discounts=self._column(self.cost_gamma ** (cost_last + 1.0)),
         )
 
@@ -251,7 +259,7 @@ class CostNStepReplayBuffer(_CostStorage, NStepReplayBuffer):
         return self.to_torch(values.astype(np.float32)).unsqueeze(1)
 
 
-class CostHerReplayBuffer(_CostStorage, HerReplayBuffer):  # type: ignore[misc]
+class CostHerReplayBuffer(CostStorage, HerReplayBuffer):  # type: ignore[misc]
     """
     :class:`~stable_baselines3.her.HerReplayBuffer` with costs.
 
@@ -259,7 +267,13 @@ class CostHerReplayBuffer(_CostStorage, HerReplayBuffer):  # type: ignore[misc]
     ``reward_cut_key``): its old goal may have been met, nothing is known of its new one.
     """
 
-    rewritten_rows = ("ep_length",)
+    rewritten_arrays = ("ep_length",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # It comes with the model, see SB3's HerReplayBuffer
+        del state["env"]
+        return state
 
     def end_episodes(self) -> None:
         """Let the running episodes end with the newest transition, so that they can be sampled."""
@@ -288,11 +302,11 @@ class CostHerReplayBuffer(_CostStorage, HerReplayBuffer):  # type: ignore[misc]
             observations=data.observations,
             actions=data.actions,
             next_observations=data.next_observations,
-            dones=th.maximum(data.dones, cuts),
+            reward_dones=th.maximum(data.dones, cuts),
             rewards=data.rewards,
             discounts=None,
             costs=self.to_torch(self.costs[rows, envs]),
-            cost_dones=data.dones,
+            terminations=data.dones,
             cost_discounts=None,
         )
 
@@ -310,7 +324,7 @@ class CostHerReplayBuffer(_CostStorage, HerReplayBuffer):  # type: ignore[misc]
 
 
 #: SB3's buffers and their twins
-_COST_TWINS: dict[type[ReplayBuffer], type[_CostStorage]] = {
+_COST_TWINS: dict[type[ReplayBuffer], type[CostStorage]] = {
     ReplayBuffer: CostReplayBuffer,
     DictReplayBuffer: CostDictReplayBuffer,
     NStepReplayBuffer: CostNStepReplayBuffer,
@@ -318,7 +332,7 @@ _COST_TWINS: dict[type[ReplayBuffer], type[_CostStorage]] = {
 }
 
 
-def cost_buffer_class(buffer_class: type[ReplayBuffer]) -> type[_CostStorage]:
+def cost_buffer_class(buffer_class: type[ReplayBuffer]) -> type[CostStorage]:
     """
     The buffer with costs that stands in for a replay buffer class.
 
@@ -326,11 +340,11 @@ def cost_buffer_class(buffer_class: type[ReplayBuffer]) -> type[_CostStorage]:
     :return: Its twin with costs, or the class itself if it has costs already.
     :raises ValueError: If the class is unknown: it would lose the costs.
     """
-    if issubclass(buffer_class, _CostStorage):
+    if issubclass(buffer_class, CostStorage):
         return buffer_class
     if buffer_class not in _COST_TWINS:
         raise ValueError(
             f"The replay buffer class {buffer_class.__name__} does not store costs. Use one of "
-            f"{[known.__name__ for known in (*_COST_TWINS, *_COST_TWINS.values())]}, or a subclass of one of sb3_algd.buffers."
+            f"{[known.__name__ for known in (*_COST_TWINS, *_COST_TWINS.values())]}, or a subclass of one with costs."
         )
     return _COST_TWINS[buffer_class]

@@ -30,10 +30,10 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
-from sb3_algd.algd import ALGD
-from sb3_algd.buffers import _CostStorage
-from sb3_algd.guards import all_finite, warn_user
-from sb3_algd.random_state import get_random_state, set_random_state
+from sb3_algd.common.buffers import CostStorage
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.guards import all_finite, warn_user
+from sb3_algd.common.random_state import get_random_state, set_random_state
 
 MANIFEST = "checkpoint.json"
 #: What the logger will write at its next dump
@@ -45,7 +45,7 @@ class ResumableCheckpointCallback(BaseCallback):
     Store checkpoints for :func:`resume`: the newest one in ``save_path``, which replaces the one before.
 
     A kill at any moment, also while a checkpoint is being stored, leaves a complete one behind. Episodes that run when a
-    checkpoint is stored end there (see :mod:`sb3_algd.checkpoint`), so make ``save_freq`` many times the length of an episode.
+    checkpoint is stored end there (see :mod:`sb3_algd.common.checkpoint`), so make ``save_freq`` many times the length of an episode.
     Other callbacks are told of it by a call of their method ``episodes_restarted()``, if they have one.
 
     :param save_freq: Environment steps, of all environments together, between two checkpoints. One more is stored at the end
@@ -66,7 +66,7 @@ class ResumableCheckpointCallback(BaseCallback):
         self._pending: dict[str, Any] | None = None
         self._manifest: dict[str, Any] | None = None
         #: The replay buffer that the manifest's files belong to
-        self._stored_buffer: _CostStorage | None = None
+        self._stored_buffer: CostStorage | None = None
         self._number = 0
         #: Data of the other callbacks, as they were at the start and where that has changed
         self._initial_states: dict[str, dict[str, Any]] = {}
@@ -85,7 +85,7 @@ class ResumableCheckpointCallback(BaseCallback):
             self._number = read_manifest(self.save_path)["number"]
             warn_user(
                 f"{self.save_path} holds a checkpoint of an earlier run, which the first one of this run will replace. "
-                "To go on with the earlier run: sb3_algd.checkpoint.resume(...)."
+                "To go on with the earlier run: sb3_algd.common.checkpoint.resume(...)."
             )
 
     def _on_training_start(self) -> None:
@@ -166,7 +166,7 @@ class ResumableCheckpointCallback(BaseCallback):
         if self.verbose >= 2:
             print(f"Stored checkpoint at {model.num_timesteps} steps in {self.save_path}")
 
-    def _plan_buffer(self, buffer: _CostStorage, number: int) -> tuple[dict[str, Any], np.ndarray]:
+    def _plan_buffer(self, buffer: CostStorage, number: int) -> tuple[dict[str, Any], np.ndarray]:
         """What the manifest says of the replay buffer, and the rows that are written now."""
         n_added = buffer.n_added
         if self._manifest is not None and self._stored_buffer is buffer:
@@ -385,7 +385,7 @@ def _same(a: Any, b: Any) -> bool:
     return np.array_equal(a, b)
 
 
-def _rows(buffer: _CostStorage) -> dict[tuple[str, ...], np.ndarray]:
+def _rows(buffer: CostStorage) -> dict[tuple[str, ...], np.ndarray]:
     """All arrays with one row per stored step, by the names that lead to them."""
     named: dict[tuple[str, ...], Any] = {(name,): value for name, value in vars(buffer).items()}
     for name, value in vars(buffer).items():
@@ -395,7 +395,7 @@ def _rows(buffer: _CostStorage) -> dict[tuple[str, ...], np.ndarray]:
     return {path: array for path, array in named.items() if isinstance(array, np.ndarray) and array.shape[:2] == shape}
 
 
-def _buffer_state(buffer: _CostStorage) -> dict[str, Any]:
+def _buffer_state(buffer: CostStorage) -> dict[str, Any]:
     """What changes in a buffer beside the rows that are added: counters, and the arrays that change in older rows too."""
     rows = _rows(buffer)
     numbers = {
@@ -403,10 +403,10 @@ def _buffer_state(buffer: _CostStorage) -> dict[str, Any]:
         for name, value in vars(buffer).items()
         if isinstance(value, (bool, int, np.ndarray)) and (name,) not in rows
     }
-    return {"numbers": numbers, "rewritten": {name: rows[(name,)][: buffer.size()] for name in buffer.rewritten_rows}}
+    return {"numbers": numbers, "rewritten": {name: rows[(name,)][: buffer.size()] for name in buffer.rewritten_arrays}}
 
 
-def _load_buffer(buffer: _CostStorage, state: dict[str, Any], files: list[Path]) -> None:
+def _load_buffer(buffer: CostStorage, state: dict[str, Any], files: list[Path]) -> None:
     """Fill a new buffer."""
     arrays = _rows(buffer)
     for path in files:

@@ -17,7 +17,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecNormalize
 
 if TYPE_CHECKING:
-    from sb3_algd.algd import ALGD
+    from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 
 #: Updates between two copies of the weights: each costs about as much as an update
 BACKUP_INTERVAL = 500
@@ -30,7 +30,7 @@ SIX_TUPLE_ADVICE = (
 # What SB3 says of a bare environment, and what Gymnasium's checker says of a registered one
 _SIX_TUPLE_ERROR = re.compile(r"too many values to unpack \(expected 5|step.* to return a four or five element tuple")
 
-_PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, stable_baselines3.__file__))
+_PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (Path(__file__).parent, stable_baselines3.__file__))
 
 
 def warn_user(message: str) -> None:
@@ -129,7 +129,7 @@ class WeightsBackup:
         self._parameters: dict[str, Any] | None = None
         self._n_updates = 0
 
-    def renew(self, model: "ALGD") -> None:
+    def renew(self, model: "ConstrainedOffPolicyAlgorithm") -> None:
         """
         Copy weights and optimisers if the last copy is old.
 
@@ -142,7 +142,7 @@ class WeightsBackup:
         if all_finite(parameters):
             self._parameters, self._n_updates = copy.deepcopy(parameters), model._n_updates
 
-    def restore(self, model: "ALGD") -> str:
+    def restore(self, model: "ConstrainedOffPolicyAlgorithm") -> str:
         """
         Go back to the copy.
 

@@ -1,140 +1,35 @@
-"""
-The policy of ALGD: a diffusion actor, reward critics, cost critics and the critics' targets.
-"""
+"""What the policies of all constrained algorithms share: reward critics, cost critics and the critics' targets."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.torch_layers import (
-    BaseFeaturesExtractor,
-    CombinedExtractor,
-    FlattenExtractor,
-    NatureCNN,
-    get_actor_critic_arch,
-)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 
-from sb3_algd.diffusion import make_process
-from sb3_algd.networks import BoundDenoiser, DenoisingNetwork, EnsembleCritic
+from sb3_algd.common.critics import EnsembleCritic
+
+# Modules of these packages keep no tensor of a forward pass for the next one
+_KNOWN_PACKAGES = ("torch", "stable_baselines3", "sb3_algd")
 
 
-class DiffusionActor(BasePolicy):
+class ConstrainedPolicy(BasePolicy, ABC):
     """
-    Actor that samples actions by denoising.
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param net_arch: Hidden layers of the denoising network
-    :param features_extractor: Network to extract features
-    :param features_dim: Number of features
-    :param activation_fn: Activation function
-    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
-    :param diffusion: Reverse process, ``"ve"`` or ``"ddpm"``
-    :param denoising_steps: Number of denoising steps K
-    :param diffusion_kwargs: Constants of the process's noise schedule
-    """
-
-    action_space: spaces.Box
-    features_extractor: BaseFeaturesExtractor
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        net_arch: list[int],
-        features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        normalize_images: bool = True,
-        diffusion: str = "ve",
-        denoising_steps: int = 5,
-        diffusion_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            observation_space,
-            action_space,
-            features_extractor=features_extractor,
-            normalize_images=normalize_images,
-            squash_output=True,
-        )
-        # Save arguments to re-create object at loading
-        self.net_arch = net_arch
-        self.features_dim = features_dim
-        self.activation_fn = activation_fn
-        self.diffusion = diffusion
-        self.denoising_steps = denoising_steps
-        self.diffusion_kwargs = diffusion_kwargs
-
-        self.action_dim = get_action_dim(action_space)
-        self.process = make_process(diffusion, denoising_steps, **(diffusion_kwargs or {}))
-        self.network = DenoisingNetwork(
-            features_dim, self.action_dim, denoising_steps, net_arch, activation_fn, self.process.predicts_noise
-        )
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            dict(
-                net_arch=self.net_arch,
-                features_dim=self.features_dim,
-                activation_fn=self.activation_fn,
-                features_extractor=self.features_extractor,
-                diffusion=self.diffusion,
-                denoising_steps=self.denoising_steps,
-                diffusion_kwargs=self.diffusion_kwargs,
-            )
-        )
-        return data
-
-    def denoise(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[BoundDenoiser, list[th.Tensor]]:
-        """
-        Run the reverse process for a batch of observations.
-
-        :param obs: Observations
-        :param deterministic: Whether to leave out all noise
-        :return: The network bound to the observations, and the K + 1 latents from first to last,
-            each of shape (batch, action_dim); the action is the tanh of the last one.
-        """
-        denoiser = self.network.bind(self.extract_features(obs, self.features_extractor))
-        latents = self.process.denoise(denoiser, (denoiser.batch_size, self.action_dim), deterministic)
-        return denoiser, latents
-
-    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """
-        :param obs: Observations
-        :param deterministic: Whether to leave out all noise
-        :return: Actions in [-1, 1], shape (batch, action_dim)
-        """
-        _, latents = self.denoise(obs, deterministic)
-        return th.tanh(latents[-1])
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self(observation, deterministic)
-
-
-class DiffusionPolicy(BasePolicy):
-    """
-    Policy class (diffusion actor, reward critics, cost critics and their targets) for ALGD.
+    Policy class with an actor, reward critics, cost critics and their targets. Subclasses make the actor.
 
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: The specification of the networks: a list for all, or ``dict(pi=[...], qf=[...])``
-        (``[128, 128, 128]`` for the actor and ``[256, 256]`` for reward and cost critics by default, the paper's)
     :param activation_fn: Activation function of the actor and the reward critics, one without randomness of its own
-    :param diffusion: Reverse process: ``"ve"`` (variance exploding) or ``"ddpm"``
-    :param denoising_steps: Number of denoising steps K
-    :param diffusion_kwargs: Constants of the noise schedule, see :class:`~sb3_algd.diffusion.VESDE`
-        and :class:`~sb3_algd.diffusion.DDPM`
     :param n_cost_critics: Number of cost critics E
     :param cost_activation_fn: Activation function of the cost critics
-    :param n_constraints: Number of constraints n_c, set by ALGD from its ``cost_limit``
+    :param n_constraints: Number of constraints n_c, set by the algorithm from its ``cost_limit``
     :param features_extractor_class: Features extractor to use.
     :param features_extractor_kwargs: Keyword arguments
         to pass to the features extractor.
@@ -149,7 +44,8 @@ class DiffusionPolicy(BasePolicy):
         between the actor and the critics (this saves computation time)
     """
 
-    actor: DiffusionActor
+    action_space: spaces.Box
+    actor: Any
     critic: EnsembleCritic
     critic_target: EnsembleCritic
     cost_critic: EnsembleCritic
@@ -160,11 +56,8 @@ class DiffusionPolicy(BasePolicy):
         observation_space: spaces.Space,
         action_space: spaces.Box,
         lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
+        net_arch: list[int] | dict[str, list[int]],
         activation_fn: type[nn.Module] = nn.ReLU,
-        diffusion: str = "ve",
-        denoising_steps: int = 5,
-        diffusion_kwargs: dict[str, Any] | None = None,
         n_cost_critics: int = 4,
         cost_activation_fn: type[nn.Module] = nn.SiLU,
         n_constraints: int = 1,
@@ -186,10 +79,7 @@ class DiffusionPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        if net_arch is None:
-            net_arch = dict(pi=[128, 128, 128], qf=[256, 256])
         actor_arch, critic_arch = get_actor_critic_arch(net_arch)
-
         self.net_arch = net_arch
         self.share_features_extractor = share_features_extractor
         net_args = {
@@ -197,14 +87,7 @@ class DiffusionPolicy(BasePolicy):
             "action_space": self.action_space,
             "normalize_images": normalize_images,
         }
-        self.actor_kwargs = {
-            **net_args,
-            "net_arch": actor_arch,
-            "activation_fn": activation_fn,
-            "diffusion": diffusion,
-            "denoising_steps": denoising_steps,
-            "diffusion_kwargs": diffusion_kwargs,
-        }
+        self.actor_kwargs = {**net_args, "net_arch": actor_arch, "activation_fn": activation_fn}
         shared_kwargs = {**net_args, "net_arch": critic_arch, "share_features_extractor": share_features_extractor}
         self.critic_kwargs = {**shared_kwargs, "activation_fn": activation_fn, "n_critics": n_critics}
         self.cost_critic_kwargs = {
@@ -214,7 +97,6 @@ class DiffusionPolicy(BasePolicy):
             "n_outputs": n_constraints,
             "narrow_init": True,
         }
-        self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()
@@ -230,9 +112,9 @@ class DiffusionPolicy(BasePolicy):
             ]
             critic.optimizer = self._make_optimizer(own, lr_schedule)
 
-    def make_actor(self) -> DiffusionActor:
+    @abstractmethod
+    def make_actor(self) -> BasePolicy:
         """:return: A new actor, on the policy's device."""
-        return DiffusionActor(**self._update_features_extractor(self.actor_kwargs)).to(self.device)
 
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         kwargs = dict(self.optimizer_kwargs)
@@ -258,9 +140,6 @@ class DiffusionPolicy(BasePolicy):
             dict(
                 net_arch=self.net_arch,
                 activation_fn=self.actor_kwargs["activation_fn"],
-                diffusion=self.actor_kwargs["diffusion"],
-                denoising_steps=self.actor_kwargs["denoising_steps"],
-                diffusion_kwargs=self.actor_kwargs["diffusion_kwargs"],
                 n_cost_critics=self.cost_critic_kwargs["n_critics"],
                 cost_activation_fn=self.cost_critic_kwargs["activation_fn"],
                 n_constraints=self.cost_critic_kwargs["n_outputs"],
@@ -278,7 +157,7 @@ class DiffusionPolicy(BasePolicy):
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
         :param obs: Observations
-        :param deterministic: Whether to leave out all noise
+        :param deterministic: Whether to use deterministic actions
         :return: Actions in [-1, 1], shape (batch, action_dim)
         """
         return self._predict(obs, deterministic=deterministic)
@@ -294,8 +173,11 @@ class DiffusionPolicy(BasePolicy):
         :param kwargs: See SB3
         :return: See SB3
         """
-        # SB3's no_grad() alone takes a sixth longer; nothing but arrays leaves this function
-        with th.inference_mode():
+        if not hasattr(self, "_keeps_nothing"):
+            self._keeps_nothing = all(type(m).__module__.split(".")[0] in _KNOWN_PACKAGES for m in self.actor.modules())
+        # SB3's no_grad() alone takes a sixth longer. But a user's module that keeps a tensor at its first use must not keep
+        # one of inference mode, because training could not use it
+        with th.inference_mode(self._keeps_nothing):
             return super().predict(*args, **kwargs)
 
     def set_training_mode(self, mode: bool) -> None:
@@ -322,45 +204,5 @@ class DiffusionPolicy(BasePolicy):
         """
         for critic, target in ((self.critic, self.critic_target), (self.cost_critic, self.cost_critic_target)):
             polyak_update(critic.parameters(), target.parameters(), tau)
-
-    def copy_batch_norm_stats(self) -> None:
-        """Copy the running statistics of the critics' normalisation layers to the targets (SB3's GH issue #996)."""
-        for critic, target in ((self.critic, self.critic_target), (self.cost_critic, self.cost_critic_target)):
+            # Running statistics of normalisation layers are copied, see SB3's GH issue #996
             polyak_update(get_parameters_by_name(critic, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
-
-
-MlpPolicy = DiffusionPolicy
-
-
-class CnnPolicy(DiffusionPolicy):
-    """:class:`DiffusionPolicy` for image observations: ``NatureCNN`` is the default features extractor."""
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        *,
-        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
-        )
-
-
-class MultiInputPolicy(DiffusionPolicy):
-    """:class:`DiffusionPolicy` for Dict observations: ``CombinedExtractor`` is the default features extractor."""
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        *,
-        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
-        )

@@ -3,14 +3,15 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd.evaluation import CostCounter
-from sb3_algd.recorder import cost_discount
+from sb3_algd.common.evaluation import CostCounter, cost_discount
 
 if TYPE_CHECKING:
-    from sb3_algd.algd import ALGD
+    from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 
 
 def relative_excess(costs: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -36,14 +37,49 @@ class CostEvalCallback(EvalCallback):
       one that exceeds its limits least. ``best_mean_reward`` is the mean reward of that model, so it falls when the first
       feasible model takes the place of an infeasible one.
 
-    :param args: Arguments of ``EvalCallback``.
-    :param kwargs: Keyword arguments of ``EvalCallback``.
+    - ``callback_on_new_best`` is called for feasible models only, so ``StopTrainingOnRewardThreshold`` never stops at a model
+      that violates its limits.
+
+    Actions are stochastic by default, unlike SB3's: that is the policy whose cost is limited, see
+    :func:`~sb3_algd.common.evaluation.evaluate_policy`.
+
+    :param eval_env: See ``EvalCallback``, as all that follow
+    :param callback_on_new_best: Called when there is a new best feasible model
+    :param callback_after_eval: Called after every evaluation
+    :param n_eval_episodes: The number of episodes to test the agent
+    :param eval_freq: Evaluate the agent every ``eval_freq`` call of the callback
+    :param log_path: Folder of ``evaluations.npz``
+    :param best_model_save_path: Folder of ``best_model.zip``
+    :param deterministic: Whether the evaluation uses deterministic actions
+    :param kwargs: Further keyword arguments of ``EvalCallback``
     """
 
-    model: "ALGD"
+    model: "ConstrainedOffPolicyAlgorithm"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        eval_env: gym.Env | VecEnv,
+        callback_on_new_best: BaseCallback | None = None,
+        callback_after_eval: BaseCallback | None = None,
+        n_eval_episodes: int = 5,
+        eval_freq: int = 10000,
+        log_path: str | None = None,
+        best_model_save_path: str | None = None,
+        deterministic: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            eval_env,
+            callback_on_new_best,
+            callback_after_eval,
+            n_eval_episodes,
+            eval_freq,
+            log_path,
+            best_model_save_path,
+            deterministic,
+            **kwargs,
+        )
+        self._new_best_callback = callback_on_new_best
         self.evaluations_costs: list[np.ndarray] = []
         #: By how much the best model so far exceeds its limits, 0 if it is feasible
         self.best_violation = np.inf
@@ -53,14 +89,16 @@ class CostEvalCallback(EvalCallback):
         super()._init_callback()
         if not hasattr(self.model, "cost_limit"):
             raise ValueError(
-                f"CostEvalCallback needs a model with cost limits, as ALGD has; {type(self.model).__name__} has none: "
+                f"CostEvalCallback needs a model with cost limits, as ALGD and SACLag have; {type(self.model).__name__} has none: "
                 "use EvalCallback."
             )
 
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
             return True
-        self._counter = CostCounter(self.model.cost_key, cost_discount(self.model), super()._log_success_callback)
+        self._counter = CostCounter(
+            self.model.cost_key, cost_discount(self.model), super()._log_success_callback, self.model.n_constraints
+        )
         self._best_reward = self.best_mean_reward
         continue_training = super()._on_step()
         self._settle_best()
@@ -90,6 +128,8 @@ class CostEvalCallback(EvalCallback):
             self.logger.record("eval/mean_ep_cost" if len(costs) == 1 else f"eval/mean_ep_cost_{i}", float(cost))
         excess = relative_excess(costs, np.asarray(self.model.cost_limit))
         self._violation = float(np.sum(np.maximum(excess, 0.0)))
+        # What it does with a good model, stopping for instance, must not happen with an infeasible one
+        self.callback_on_new_best = self._new_best_callback if self._violation == 0.0 else None
         # SB3 takes the model for the best one if its mean reward exceeds this
         if self._violation == self.best_violation:
             self._threshold = self._best_reward

@@ -1,25 +1,27 @@
 """
-The Lagrangian side of ALGD: risk, augmented Lagrangian energy and multiplier.
+The Lagrangian side of a constrained algorithm: risk, augmented Lagrangian and multiplier.
 
 Shapes: ``n_c`` is the number of constraints, ``E`` the number of cost critics, ``...`` any leading dimensions
 (batch, or samples x batch). Everything here is independent of networks and environments.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch as th
 from torch import nn
 
-# log(lambda) of the paper's released configuration: lambda starts at 0.6931
-DEFAULT_MULTIPLIER_INIT = 0.6931
+#: One number for all constraints, or one per constraint
+PerConstraint = float | Sequence[float] | np.ndarray
+
 # A variance below this is taken as zero, so that the standard deviation's gradient stays finite
 MIN_VARIANCE = 1e-12
 
 
 def estimate_risk(cost_values: th.Tensor, coef: float) -> th.Tensor:
     """
-    Pessimistic cost estimate, mean plus ``coef`` standard deviations over the ensemble (unbiased, 0 if E = 1).
+    Pessimistic cost estimate: mean plus ``coef`` standard deviations over the ensemble (unbiased, 0 if E = 1).
 
     :param cost_values: Values of the cost critics, shape (E, ..., n_c).
     :param coef: How many standard deviations are added.
@@ -32,72 +34,71 @@ def estimate_risk(cost_values: th.Tensor, coef: float) -> th.Tensor:
 
 
 def augmented_lagrangian(
-    reward_value: th.Tensor, risk: th.Tensor, multiplier: th.Tensor, budget: th.Tensor, rho: float
+    reward_value: th.Tensor, risk: th.Tensor, multiplier: th.Tensor, budget: th.Tensor, rho: th.Tensor
 ) -> th.Tensor:
     """
-    The energy that guides the denoising (the paper's augmented Lagrangian):
+    The energy that guides the policy (the paper's augmented Lagrangian):
 
     .. math::
-        L_A = -Q + \\sum_i \\frac{1}{2\\rho} \\left( [\\lambda_i + \\rho (risk_i - h_i)]_+^2 - \\lambda_i^2 \\right)
+        L_A = -Q + \\sum_i \\frac{1}{2\\rho_i} \\left( [\\lambda_i + \\rho_i (risk_i - h_i)]_+^2 - \\lambda_i^2 \\right)
 
-    ``rho=0`` is its limit, the plain Lagrangian :math:`-Q + \\sum_i \\lambda_i (risk_i - h_i)`. Computed in a form without the
-    cancellation of the two squares, so that small values of ``rho`` are exact in single precision.
+    :math:`\\rho_i = 0` is its limit, the plain Lagrangian :math:`-Q + \\sum_i \\lambda_i (risk_i - h_i)`. It is computed in a form
+    without the cancellation of the two squares, so that small values of ``rho`` are exact in single precision.
 
     :param reward_value: :math:`Q(s, a)`, the minimum over the reward critics, shape (...).
     :param risk: Shape (..., n_c), see :func:`estimate_risk`.
     :param multiplier: :math:`\\lambda \\geq 0`, shape (n_c,).
     :param budget: :math:`h`, in the unit of the risk, shape (n_c,).
-    :param rho: Penalty coefficient, >= 0.
+    :param rho: Penalty coefficients :math:`\\rho \\geq 0`, shape (n_c,).
     :return: Energy, shape (...).
     """
     violation = risk - budget
-    penalty = multiplier * violation
-    if rho > 0.0:
-        active = multiplier + rho * violation > 0.0
-        penalty = th.where(active, penalty + 0.5 * rho * violation.square(), -multiplier.square() / (2.0 * rho))
-    return penalty.sum(dim=-1) - reward_value
+    # Without a quadratic term the constraint acts everywhere
+    active = (multiplier + rho * violation > 0.0) | (rho == 0.0)
+    penalty = multiplier * violation + 0.5 * rho * violation.square()
+    return th.where(active, penalty, -multiplier.square() / (2.0 * rho)).sum(dim=-1) - reward_value
 
 
 class LagrangeMultiplier(nn.Module):
     """
-    One multiplier :math:`\\lambda_i` per constraint, moved by dual gradient ascent with its own Adam optimizer.
+    One multiplier :math:`\\lambda_i` per constraint, updated by dual gradient ascent with its own Adam optimizer.
 
-    Its state (the multipliers) and the state of ``optimizer`` are saved and restored exactly by ``ALGD.save`` and
-    ``ALGD.load``.
+    ``model.save`` and ``model.load`` keep the multipliers and the state of ``optimizer`` exactly.
 
     :param n_constraints: Number of constraints n_c.
-    :param init_value: Initial value of every multiplier, > 0 in log space.
-    :param learning_rate: Initial learning rate.
-    :param max_value: Upper bound, reached multipliers are clamped to it.
-    :param space: ``"log"`` (the paper: :math:`\\lambda = e^\\theta`, multiplicative steps) or ``"projected"``
-        (:math:`\\lambda` itself, projected onto [0, max_value]).
+    :param init_value: Initial value of the multipliers, one for all or one per constraint, > 0 in log space
+        (0.6931 is the paper's).
+    :param learning_rate: Initial learning rate (the paper's is 3e-4).
+    :param max_value: Upper bound; a multiplier above it is clamped to it.
+    :param space: ``"projected"`` (:math:`\\lambda` itself, projected onto [0, max_value]) or ``"log"``
+        (the paper's: :math:`\\lambda = e^\\theta`, multiplicative steps).
     :raises ValueError: If the initial value or the bound make no sense.
     """
 
     def __init__(
         self,
         n_constraints: int = 1,
-        init_value: float = DEFAULT_MULTIPLIER_INIT,
-        learning_rate: float = 3e-4,
+        init_value: PerConstraint = 0.6931,
+        learning_rate: float = 1e-4,
         max_value: float = 100.0,
-        space: Literal["log", "projected"] = "log",
+        space: Literal["log", "projected"] = "projected",
     ) -> None:
         super().__init__()
         if space not in ("log", "projected"):
-            raise ValueError(f"The multiplier moves in 'log' or 'projected' space, got {space!r}.")
-        if not 0.0 <= init_value <= max_value or not np.isfinite(max_value) or max_value <= 0.0:
+            raise ValueError(f"The space of the multiplier must be 'log' or 'projected', got {space!r}.")
+        start = per_constraint("init_value", init_value, n_constraints)
+        if not np.isfinite(max_value) or max_value <= 0.0 or start.max() > max_value:
             raise ValueError(
                 "The multiplier must start between 0 and its (finite, positive) maximum, "
                 f"got an initial value of {init_value} and a maximum of {max_value}."
             )
-        if space == "log" and init_value == 0.0:
+        if space == "log" and start.min() == 0.0:
             raise ValueError(
                 "In log space the multiplier cannot start at 0: use a small positive value, or the projected space."
             )
         self.space = space
         self.max_value = max_value
-        start = float(np.log(init_value)) if space == "log" else init_value
-        self.parameter = nn.Parameter(th.full((n_constraints,), start))
+        self.parameter = nn.Parameter(th.as_tensor(np.log(start) if space == "log" else start, dtype=th.float32))
         self.optimizer = th.optim.Adam([self.parameter], lr=learning_rate)
 
     @property
@@ -124,3 +125,22 @@ class LagrangeMultiplier(nn.Module):
             else:
                 self.parameter.clamp_(min=0.0, max=self.max_value)
         return -(current * violation).sum()
+
+
+def per_constraint(name: str, value: PerConstraint, n_constraints: int) -> np.ndarray:
+    """
+    Give each constraint its number.
+
+    :param name: Name of the argument, for the message.
+    :param value: One number for all constraints, or one per constraint.
+    :param n_constraints: Number of constraints n_c.
+    :return: float64 array of shape (n_c,).
+    :raises ValueError: If a number is negative or not finite, or there are too few or too many.
+    """
+    try:
+        numbers = np.array(np.broadcast_to(np.asarray(value, dtype=np.float64), (n_constraints,)))
+    except (TypeError, ValueError):
+        numbers = np.full(n_constraints, np.nan)
+    if not np.isfinite(numbers).all() or numbers.min() < 0.0:
+        raise ValueError(f"{name} must be finite and >= 0, one number or {n_constraints} (one per constraint), got {value!r}.")
+    return numbers

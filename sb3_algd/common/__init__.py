@@ -1,0 +1,1 @@
+"""What any off-policy algorithm under a cost limit needs. Nothing here knows of a particular algorithm."""

@@ -1,0 +1,381 @@
+"""The update that all constrained algorithms share: critics, actor, multipliers."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+
+from sb3_algd.common.batches import sample_batches, to_device
+from sb3_algd.common.buffers import CostReplayBufferSamples
+from sb3_algd.common.constraint import ConstraintSetting
+from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
+from sb3_algd.common.critics import EnsembleCritic
+from sb3_algd.common.guards import WeightsBackup
+from sb3_algd.common.lagrange import LagrangeMultiplier, PerConstraint, augmented_lagrangian, estimate_risk, per_constraint
+from sb3_algd.common.legacy import adopt_saved
+from sb3_algd.common.policies import ConstrainedPolicy
+
+MULTIPLIER_SIGNALS = ("episodes", "buffer", "policy")
+
+
+class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
+    """
+    Base class of off-policy algorithms that maximise the return subject to limits on the cost of an episode.
+
+    Every algorithm has reward critics, cost critics and Lagrange multipliers, which are updated here. What makes the difference
+    is the actor. A subclass states its arguments and ``policy_aliases``, and defines two methods: :meth:`_next_actions`, with
+    which the critics' targets are made, and :meth:`_actor_loss`. There, :meth:`_energy` gives the augmented Lagrangian of
+    actions and its gradient. docs/developing.md shows how to add an algorithm.
+
+    :param args: see :class:`~sb3_algd.ALGD`, as all that follow
+    :param target_update_interval: see there
+    :param rho: see there
+    :param multiplier_kwargs: see there
+    :param multiplier_signal: see there
+    :param cost_risk_coef: see there
+    :param cost_target_risk_coef: see there
+    :param bound_cost_targets: see there
+    :param actor_learning_rate: see there
+    :param cost_critic_learning_rate: see there
+    :param reduced_precision: see there
+    :param kwargs: see there
+    """
+
+    policy: ConstrainedPolicy
+    actor: Any
+    critic: EnsembleCritic
+    critic_target: EnsembleCritic
+    cost_critic: EnsembleCritic
+    cost_critic_target: EnsembleCritic
+    action_space: spaces.Box
+
+    rho = ConstraintSetting()
+
+    #: Arguments that must be finite and >= 0
+    _non_negative: ClassVar[tuple[str, ...]] = ("cost_risk_coef", "cost_target_risk_coef")
+
+    def __init__(
+        self,
+        *args: Any,
+        target_update_interval: int,
+        rho: PerConstraint,
+        multiplier_kwargs: dict[str, Any] | None,
+        multiplier_signal: str,
+        cost_risk_coef: float,
+        cost_target_risk_coef: float,
+        bound_cost_targets: bool,
+        actor_learning_rate: float | Schedule | None,
+        cost_critic_learning_rate: float | Schedule | None,
+        reduced_precision: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.target_update_interval = target_update_interval
+        self.rho = rho
+        self.multiplier_kwargs = multiplier_kwargs
+        self.multiplier_signal = multiplier_signal
+        self.cost_risk_coef = cost_risk_coef
+        self.cost_target_risk_coef = cost_target_risk_coef
+        self.bound_cost_targets = bound_cost_targets
+        self.actor_learning_rate = actor_learning_rate
+        self.cost_critic_learning_rate = cost_critic_learning_rate
+        self.reduced_precision = reduced_precision
+        self._weights_backup = WeightsBackup()
+
+    # --- what a subclass defines ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _next_actions(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        Actions of the current policy, with which the critics' targets are made.
+
+        :param next_observations: States
+        :return: Actions, shape (batch, action_dim), and what is added to their value, shape (batch, 1), None for nothing
+        """
+
+    @abstractmethod
+    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor]:
+        """
+        The loss that the actor is trained with.
+
+        :param observations: States
+        :return: The loss; scalars to be logged, detached; the risk of the policy's actions, shape (n_constraints,)
+        """
+
+    def _actor_optimizers(self) -> list[th.optim.Optimizer]:
+        """:return: The optimizers of everything that the actor's loss trains"""
+        return [self.actor.optimizer]
+
+    # --- setting up -------------------------------------------------------------------------------------------------------
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        # None follows lr_schedule, also where a user has replaced it
+        self.actor_lr_schedule = None if self.actor_learning_rate is None else FloatSchedule(self.actor_learning_rate)
+        self.cost_critic_lr_schedule = (
+            None if self.cost_critic_learning_rate is None else FloatSchedule(self.cost_critic_learning_rate)
+        )
+
+    def _setup_model(self) -> None:
+        adopt_saved(self.__dict__)
+        self._check_arguments()
+        self._setup_constraint()
+        if self.replay_buffer is None:
+            self.replay_buffer = self._make_replay_buffer()
+        # SB3 fills in what it would have chosen, a buffer without costs among it: keep the arguments as the user gave them,
+        # so that a saved model is loaded with the same ones
+        given = {name: getattr(self, name) for name in ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")}
+        self.policy_kwargs = {**self.policy_kwargs, "n_constraints": self.n_constraints}
+        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)
+        super()._setup_model()
+        self.__dict__.update(given)
+        for name in ("actor", "critic", "critic_target", "cost_critic", "cost_critic_target"):
+            setattr(self, name, getattr(self.policy, name))
+        kwargs = {"learning_rate": 1e-4, **(self.multiplier_kwargs or {})}
+        self.multiplier_lr_schedule = FloatSchedule(kwargs.pop("learning_rate"))
+        multiplier = LagrangeMultiplier(self.n_constraints, learning_rate=self.multiplier_lr_schedule(1), **kwargs)
+        self.lagrange_multiplier = multiplier.to(self.device)
+
+    def _check_arguments(self) -> None:
+        """Refuse arguments that cannot work, before anything is built."""
+        if not isinstance(self.action_space, spaces.Box):
+            # An AssertionError as from SB3's algorithms
+            raise AssertionError(
+                f"{type(self).__name__} only supports continuous (Box) action spaces but {self.action_space} was provided: "
+                "its policy samples real-valued actions. Wrap the environment to take a Box."
+            )
+        if self.policy_kwargs.get("use_sde"):
+            raise ValueError(f"{type(self).__name__} does not support gSDE: leave use_sde out of policy_kwargs.")
+        if "n_constraints" in self.policy_kwargs:
+            raise ValueError("n_constraints follows from cost_limit: leave it out of policy_kwargs.")
+        if self.multiplier_signal not in MULTIPLIER_SIGNALS:
+            raise ValueError(f"multiplier_signal must be one of {MULTIPLIER_SIGNALS}, got {self.multiplier_signal!r}.")
+        for name in self._non_negative:
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
+        interval, length = self.target_update_interval, self.episode_length
+        if interval < 1 or interval != int(interval):
+            raise ValueError(f"target_update_interval must be a whole number, at least 1, got {interval}.")
+        if length is not None and (length < 1 or length != int(length)):
+            raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {length}.")
+
+    def _settle_constraint(self) -> None:
+        super()._settle_constraint()
+        self._rho = th.as_tensor(per_constraint("rho", self.rho, self.n_constraints), dtype=th.float32, device=self.device)
+        self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
+        # Shape (n_constraints,); no bound until _set_cost_floor() knows one
+        self._cost_floor = th.full_like(self._budget, -np.inf)
+
+    # --- the update -------------------------------------------------------------------------------------------------------
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """
+        Update critics, actor and multipliers.
+
+        :param gradient_steps: Number of updates
+        :param batch_size: Number of transitions per update
+        """
+        assert self.replay_buffer is not None
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        # Tensors are collected and read once at the end: reading each would wait for the device each time
+        logs: dict[str, list[th.Tensor]] = defaultdict(list)
+        episode_cost = self._episode_cost()
+        self._set_cost_floor()
+
+        for batch in sample_batches(self.replay_buffer, gradient_steps, batch_size, self.device, self._vec_normalize_env):
+            self._weights_backup.renew(self)
+            self._n_updates += 1
+            for name, value in self._update(batch, episode_cost).items():
+                logs[name].append(value)
+            # Counted over the whole training, or an interval of 2 would never be met with one gradient step per call
+            if self._n_updates % self.target_update_interval == 0:
+                self.policy.update_targets(self.tau)
+
+        means = {name: th.stack(values).mean(dim=0) for name, values in logs.items()}
+        self._log_training({**means, "multiplier": self.lagrange_multiplier.value})
+
+    def _update(self, batch: CostReplayBufferSamples, episode_cost: th.Tensor | None) -> dict[str, th.Tensor]:
+        """
+        One update, without a look at any value.
+
+        :param batch: Transitions
+        :param episode_cost: See :meth:`_episode_cost`
+        :return: Losses, gradient norm and risks
+        """
+        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self.reduced_precision)
+
+        # Reward and cost critics, which have no parameter in common
+        with precision():
+            critic_loss, cost_critic_loss, buffer_risk = self._critic_losses(batch)
+        self._minimize(critic_loss + cost_critic_loss, [self.critic.optimizer, self.cost_critic.optimizer])
+
+        # Actor. Another region: within one, autocast keeps its copies of the critics' weights, which have just changed
+        with precision():
+            actor_loss, metrics, policy_risk = self._actor_loss(batch.observations)
+        self._minimize(actor_loss, self._actor_optimizers())
+        gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
+
+        # Multipliers; None before the first episode has ended
+        signal = {"buffer": buffer_risk, "policy": policy_risk, "episodes": episode_cost}[self.multiplier_signal]
+        if signal is not None:
+            self.lagrange_multiplier.update(signal - self._budget)
+        return {
+            "critic_loss": critic_loss.detach(),
+            "cost_critic_loss": cost_critic_loss.detach(),
+            **metrics,
+            "policy_grad_norm": th.nn.utils.get_total_norm(gradients),
+            "risk": buffer_risk,
+            "policy_risk": policy_risk,
+        }
+
+    @staticmethod
+    def _minimize(loss: th.Tensor, optimizers: list[th.optim.Optimizer]) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def _critic_losses(self, batch: CostReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Losses of reward and cost critics against their bootstrapped targets.
+
+        :param batch: Transitions
+        :return: The two losses, and the risk of the stored actions, detached, shape (n_constraints,)
+        """
+        discounts = self.gamma if batch.discounts is None else batch.discounts
+        cost_discounts = self.cost_gamma if batch.cost_discounts is None else batch.cost_discounts
+        with th.no_grad():
+            next_actions, bonus = self._next_actions(batch.next_observations)
+            next_values = self.critic_target(batch.next_observations, next_actions).amin(dim=0)
+            next_costs = self.cost_critic_target(batch.next_observations, next_actions)
+            if bonus is not None:
+                next_values = next_values + bonus
+            if self.cost_target_risk_coef > 0.0 and len(next_costs) > 1:
+                next_costs = next_costs + self.cost_target_risk_coef * next_costs.std(dim=0)
+            # A multiplier that pulls hard otherwise finds actions whose cost is underestimated, down to below zero
+            next_costs = th.maximum(next_costs, self._cost_floor)
+            targets = batch.rewards + (1 - batch.reward_dones) * discounts * next_values
+            # Each member is trained against its own target
+            cost_targets = batch.costs + (1 - batch.terminations) * cost_discounts * next_costs
+
+        # Sum over the reward critics of the mean squared error; over the cost critics the mean
+        values = self.critic(batch.observations, batch.actions)
+        critic_loss = (values - targets).square().mean(dim=(1, 2)).sum()
+        cost_values = self.cost_critic(batch.observations, batch.actions)
+        cost_critic_loss = F.mse_loss(cost_values, cost_targets)
+        return critic_loss, cost_critic_loss, estimate_risk(cost_values.detach(), self.cost_risk_coef).mean(dim=0)
+
+    def _energy(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Augmented Lagrangian of several actions in the same states, and its gradient.
+
+        :param observations: States, batch first
+        :param actions: Shape (n, batch, action_dim)
+        :return: Energy, shape (n, batch); gradient with respect to the actions, shape (n, batch, action_dim);
+            risk, shape (n, batch, n_constraints); all detached
+        """
+        with th.no_grad():
+            critic = self.critic.bind(self.critic.features(observations))
+            cost_critic = self.cost_critic.bind(self.cost_critic.features(observations))
+            values, cost_values = critic.values(actions), cost_critic.values(actions)
+        # Through the few operations between values and energy with autograd, through the critics by hand
+        values.requires_grad_()
+        cost_values.requires_grad_()
+        risk = estimate_risk(cost_values, self.cost_risk_coef)
+        value = values.amin(dim=0).squeeze(-1)
+        energy = augmented_lagrangian(value, risk, self.lagrange_multiplier.value, self._budget, self._rho)
+        value_gradients, cost_gradients = th.autograd.grad(energy.sum(), [values, cost_values])
+        with th.no_grad():
+            energy_grad = critic.action_gradient(value_gradients) + cost_critic.action_gradient(cost_gradients)
+        return energy.detach(), energy_grad, risk.detach()
+
+    def _episode_cost(self) -> th.Tensor | None:
+        """Mean cost of recent episodes on the device, where it drives the multipliers; None if it does not, or none has ended."""
+        if self.multiplier_signal != "episodes" or self._cost_tracker is None:
+            return None
+        cost = self._recent_cost()
+        if cost is None:
+            self._warn_no_episode()
+            return None
+        return to_device(th.as_tensor(cost, dtype=th.float32), self.device)
+
+    def _set_cost_floor(self) -> None:
+        """Note the least that a discounted sum of costs can be, as far as the replay buffer tells."""
+        assert self.replay_buffer is not None
+        if not self.bound_cost_targets:
+            return
+        lowest = self.replay_buffer.lowest_costs
+        # Without a discount there is no bound for costs that can be negative
+        with np.errstate(divide="ignore"):
+            floor = np.divide(lowest, 1.0 - self.cost_gamma, out=np.zeros_like(lowest), where=lowest < 0.0)
+        self._cost_floor.copy_(to_device(th.from_numpy(floor), self.device))
+
+    def _update_learning_rates(self) -> None:
+        progress = self._current_progress_remaining
+        self.logger.record("train/learning_rate", self.lr_schedule(progress))
+        schedules = [
+            (self.critic.optimizer, None),
+            (self.cost_critic.optimizer, self.cost_critic_lr_schedule),
+            (self.lagrange_multiplier.optimizer, self.multiplier_lr_schedule),
+            *((optimizer, self.actor_lr_schedule) for optimizer in self._actor_optimizers()),
+        ]
+        for optimizer, schedule in schedules:
+            update_learning_rate(optimizer, (schedule or self.lr_schedule)(progress))
+
+    def _log_training(self, means: dict[str, th.Tensor]) -> None:
+        """
+        Record what came out of one ``train()`` call.
+
+        :param means: Means of scalars and of risks of shape (n_constraints,), and the multipliers
+        :raises FloatingPointError: If one is not finite; weights and optimisers are set back to a copy from before
+        """
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        # Read from the device once
+        read = th.cat([mean.reshape(-1) for mean in means.values()]).cpu().numpy()
+        ends = np.cumsum([mean.numel() for mean in means.values()])
+        for name, values in zip(means, np.split(read, ends[:-1]), strict=True):
+            if not np.isfinite(values).all():
+                what = f"train/{name} became {values.tolist()} at update {self._n_updates} (step {self.num_timesteps})"
+                raise FloatingPointError(
+                    f"{what}: training diverged and stopped. {self._weights_backup.restore(self)}; "
+                    "try a smaller learning_rate or scaled rewards."
+                )
+            self._record_each(f"train/{name}", values)
+        self._record_each("train/cost_budget", self.cost_budget)
+        cost = self._recent_cost()
+        if cost is not None:
+            self._record_each("train/episode_cost", cost)
+
+    # --- saving -----------------------------------------------------------------------------------------------------------
+
+    def set_parameters(
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a file or a dictionary, see SB3.
+
+        :param load_path_or_dict: See SB3
+        :param exact_match: See SB3
+        :param device: See SB3
+        """
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        # A divergence must not undo what was loaded
+        self._weights_backup = WeightsBackup()
+
+    def _excluded_save_params(self) -> list[str]:
+        networks = ["actor", "critic", "critic_target", "cost_critic", "cost_critic_target"]
+        return [*super()._excluded_save_params(), *networks, "_rho", "_budget", "_cost_floor", "_weights_backup"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        optimizers = ["actor.optimizer", "critic.optimizer", "cost_critic.optimizer", "lagrange_multiplier.optimizer"]
+        return ["policy", "lagrange_multiplier", *optimizers], []

@@ -1,0 +1,60 @@
+"""Models that version 0.1.0 has saved: their arguments have other names today."""
+
+from typing import Any
+
+from sb3_algd.common.episode_costs import RECENT_EPISODES, EpisodeCostTracker
+from sb3_algd.common.guards import warn_user
+
+# Old name: (argument that holds it today, its name there)
+_IN_KWARGS = {
+    "multiplier_init": ("multiplier_kwargs", "init_value"),
+    "multiplier_learning_rate": ("multiplier_kwargs", "learning_rate"),
+    "multiplier_max": ("multiplier_kwargs", "max_value"),
+    "multiplier_space": ("multiplier_kwargs", "space"),
+    "score_temperature": ("score_kwargs", "temperature"),
+    "n_score_samples": ("score_kwargs", "n_samples"),
+    "score_pairing": ("score_kwargs", "pairing"),
+    "score_grad_through_chain": ("score_kwargs", "grad_through_chain"),
+}
+_GONE = ("use_sde_at_warmup", "cuda_graph", "_cost_reported", "_missing_episode_reported", "policy_lr_schedule")
+# Options that no measurement supported, and the values with which they did nothing
+_REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False}
+
+
+class DeclaredConstraint:
+    """Takes the place of version 0.1.0's class of this name where a saved model holds one."""
+
+    values: dict[str, list[Any]]
+
+
+def adopt_saved(attributes: dict[str, Any]) -> None:
+    """
+    Give the attributes of a loaded model their names of today, in place; those of a new model stay as they are.
+
+    :param attributes: ``__dict__`` of a model.
+    """
+    if "multiplier_init" not in attributes:
+        return
+    for name in ("multiplier_kwargs", "score_kwargs"):
+        saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
+        # What was given to load() comes first
+        attributes[name] = {**saved, **(attributes.get(name) or {})}
+    attributes["actor_learning_rate"] = attributes.pop("policy_learning_rate")
+    guidance_coef = attributes.pop("guidance_coef")
+    if guidance_coef > 0:
+        attributes["score_coef"] /= guidance_coef
+    for name, without_effect in _REMOVED_OPTIONS.items():
+        value = attributes.pop(name)
+        if value != without_effect:
+            warn_user(f"This model was trained with {name}={value!r}, which is no longer there: training goes on without it.")
+    for name in _GONE:
+        attributes.pop(name, None)
+    declared = attributes.get("_declared")
+    if isinstance(declared, DeclaredConstraint):
+        attributes["_declared"] = declared.values
+    tracker = attributes.get("_cost_tracker")
+    if isinstance(tracker, EpisodeCostTracker) and not hasattr(tracker, "_recent"):
+        tracker._recent = []
+        tracker.start_episodes(len(tracker._running))
+        episodes = list(zip(tracker.episode_costs, tracker.discounted_costs, strict=True))
+        tracker._recent[0].extend(episodes[-RECENT_EPISODES:])
