@@ -1,4 +1,4 @@
-"""All ids: their table, that each of them runs, and that they work with Gymnasium's and SB3's tools."""
+"""Registration: the catalogue, a run of every id, and Gymnasium's and SB3's tools."""
 
 import re
 import runpy
@@ -20,9 +20,9 @@ from sb3_algd.envs.catalogue import Entry, entries
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "environments.md").read_text(encoding="utf-8").splitlines()
 ENTRIES = {entry.id: entry for entry in entries()}
-# The numbers that an agent observes of itself, and that it acts with.
+# For each agent the number of its sensor values and of its actuators.
 AGENTS = {"Point": (12, 2), "Car": (24, 2), "Doggo": (56, 12), "Racecar": (12, 2), "Ant": (40, 8)}
-# Kinds of object seen by a lidar of 16 numbers.
+# For each task the number of lidars, each with 16 values.
 LIDARS = {"Goal0": 1, "Goal1": 3, "Goal2": 3, "Button0": 2, "Button1": 4, "Button2": 4, "Push0": 2, "Push1": 4, "Push2": 4}
 LIDARS |= {"Circle0": 1, "Circle1": 1, "Circle2": 1, "Run0": 0}
 WALKERS = {"Ant": 27, "HalfCheetah": 17, "Hopper": 11, "Humanoid": 376, "Swimmer": 8, "Walker2d": 17}
@@ -56,7 +56,7 @@ def test_registering_twice_changes_nothing() -> None:
 
 
 def expected_size(entry: Entry) -> tuple[int, int] | None:
-    """Sizes of observation and action of the stock tasks; the other tracks have tests of their own."""
+    """Sizes of observation and action of the stock navigation tasks. None for the others, which have tests of their own."""
     task = re.fullmatch(r"Safety(Point|Car|Doggo|Racecar|Ant)(\w+\d)-v0", entry.id)
     if task is None:
         return None
@@ -202,7 +202,7 @@ def test_the_list_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: p
     def missing() -> None:
         raise ImportError("not installed: pip install it")
 
-    monkeypatch.setattr("sb3_algd.envs.navigation.load", missing)
+    monkeypatch.setattr("sb3_algd.envs.safety.navigation.load", missing)
     listed(monkeypatch, "Safexp-Point")
     out = capsys.readouterr().out
     assert out.count("accelerated  -") == 3

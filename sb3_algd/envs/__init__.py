@@ -1,4 +1,4 @@
-"""Environments that report a cost: Safety-Gymnasium's, the paper's and a tiny one, registered in Gymnasium."""
+"""Environments with costs: registration in Gymnasium, and wrappers. What needs MuJoCo is in :mod:`sb3_algd.envs.safety`."""
 
 import multiprocessing
 
@@ -12,9 +12,9 @@ __all__ = ["CostFromCallable", "SixTupleEnv", "register_envs"]
 
 def register_envs() -> None:
     """
-    Register every id of :mod:`sb3_algd.envs.catalogue` in Gymnasium; calling it again changes nothing.
+    Register every id of :mod:`sb3_algd.envs.catalogue` in Gymnasium. A second call changes nothing.
 
-    An id that another package has registered before, as a working ``safety_gymnasium`` does, keeps its meaning.
+    An id that is already registered, for example by a working ``safety_gymnasium``, is not replaced.
     """
     for entry in entries():
         if entry.id not in gym.registry:
