@@ -1,7 +1,9 @@
 """Registration: the catalogue, a run of every id, and Gymnasium's and SB3's tools."""
 
+import multiprocessing
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,60 @@ def test_workers_and_normalisation(tmp_path: Path) -> None:
     assert np.isfinite(obs).all()
     venv.close()
     assert len(list(tmp_path.glob("*.monitor.csv"))) == 2
+
+
+LOADED = """
+import multiprocessing
+from multiprocessing import forkserver
+
+def loaded(*names):
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        modules = pool.apply(eval, ("list(__import__('sys').modules)",))
+    return [name in modules for name in names]
+"""
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no forkserver here")
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        # Nothing else imports tabnanny. The server ignores a module that is missing
+        (
+            """
+multiprocessing.set_forkserver_preload(["tabnanny", "__main__", "a_missing_module"])
+import sb3_algd
+sb3_algd.register_envs()
+print(forkserver._forkserver._preload_modules, loaded("tabnanny", "sb3_algd"))
+""",
+            "['tabnanny', '__main__', 'a_missing_module', 'sb3_algd'] [True, True]",
+        ),
+        ("import sb3_algd; print(forkserver._forkserver._preload_modules)", "['__main__', 'sb3_algd']"),
+        # The server already runs: it keeps its modules, and new workers still start
+        (
+            """
+multiprocessing.set_forkserver_preload(["tabnanny"])
+before = loaded("tabnanny", "sb3_algd")
+import sb3_algd
+print(before, loaded("tabnanny", "sb3_algd"))
+""",
+            "[True, False] [True, False]",
+        ),
+        # A Python without this private attribute
+        (
+            """
+del forkserver._forkserver._preload_modules
+import sb3_algd
+print(vars(forkserver._forkserver).get("_preload_modules"))
+""",
+            "None",
+        ),
+    ],
+    ids=["users_list", "default", "running", "unreadable"],
+)
+def test_the_forkserver_preloads_the_users_modules_and_ours(code: str, expected: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LOADED + code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, expected), result.stderr
 
 
 def test_videos(tmp_path: Path) -> None:
