@@ -22,7 +22,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 import sb3_algd  # noqa: F401
-from sb3_algd.envs.safety_gymnasium import load
+from sb3_algd.envs.safety.adapter import load
 
 IDS = [
     *("SafetyPointGoal1-v0", "SafetyPointButton1-v0", "SafetyPointPush1-v0", "SafetyPointCircle1-v0", "SafetyPointRun0-v0"),

@@ -1,4 +1,4 @@
-"""The accelerated track: every number of its tables, read back from the world that MuJoCo simulates."""
+"""The accelerated track: every number of its tables is compared with the world that MuJoCo simulates."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ GREMLINS_1: Places = [(0, -1.3), (0, 1.3), (1.3, 0), (-1.3, 0)]
 HAZARDS_PUSH: Places = [(0.5, -0.5), (-0.5, -0.5), (1.8, 0.8), (-1.8, 0.8)]
 PILLARS_PUSH: Places = [(-2, 0), (2, 0), (0, 0), (1, 1), (-1, 1)]
 
-# For each kind of object: name of its bodies, size of their geoms, places.
+# For each kind of object: name of the bodies, size of the geoms, positions.
 WORLDS: dict[str, dict[str, tuple[str, float, Places]]] = {
     "Button1": {
         "buttons": ("button{}", 0.1, BUTTONS_1),
@@ -34,7 +34,7 @@ WORLDS: dict[str, dict[str, tuple[str, float, Places]]] = {
         "pillars": ("pillar{}", 0.2, PILLARS_PUSH),
     },
 }
-# Agent's x, y and heading, observation size of Point and Car.
+# (x, y) and heading of the agent, observation size of Point and Car.
 STARTS = {
     "Button1": ((-0.72467, 0.95375), 2.23438, {"Point": 76, "Car": 88}),
     "Button2": ((0.13668, 0.60253), 2.86608, {"Point": 60, "Car": 72}),
@@ -99,7 +99,7 @@ def test_every_episode_starts_alike(agent: str, task: str) -> None:
             button = {"Button1": 0, "Button2": 2}[task]
             assert world.buttons.goal_button == button
             assert world.data.body("goal").xpos[:2] == pytest.approx(WORLDS[task]["buttons"][2][button], abs=2e-9)
-        # The model is built anew, with the timestep of the agent's file, and stays so while the episode goes on.
+        # Each reset builds a new model with the timestep of the agent's file. Ours has to hold after the reset and a step.
         assert world.model.opt.timestep == TIMESTEP[agent]
         env.step(np.zeros(2))
         assert world.data.time == pytest.approx(10 * TIMESTEP[agent])
@@ -122,7 +122,7 @@ def test_an_episode_has_400_steps_and_its_costs_are_indicators(agent: str, task:
 
 
 def put_on(world: Any, place: np.ndarray) -> None:
-    """Put the Point at (x, y) and stop it. Its two slide joints run along the axes that it started with."""
+    """Put the Point at (x, y) and stop it. Its two slide joints follow the axes of its start pose."""
     axes = world.data.xaxis[[world.model.joint(name).id for name in ("x", "y")], :2]
     world.data.qpos[:2] += axes @ (place - world.data.body("agent").xpos[:2])
     world.data.qvel[:3] = 0
@@ -131,7 +131,7 @@ def put_on(world: Any, place: np.ndarray) -> None:
 
 
 def press(env: gym.Env, button: int) -> tuple[Any, ...]:
-    """Put the Point before a button, its nose touching, and drive on for a step."""
+    """Put the Point in front of a button so that it touches, and drive forward for a step."""
     world: Any = env.unwrapped.task  # type: ignore[attr-defined]
     heading = world.data.body("agent").xmat.reshape(3, 3)[:2, 0]
     put_on(world, world.data.body(f"button{button}").xpos[:2] - 0.245 * heading)
@@ -144,7 +144,7 @@ def test_a_pressed_target_makes_buttons_free_and_invisible_for_ten_steps() -> No
     buttons = slice(12, 28)
     assert env.step(np.zeros(2))[0][buttons].any()
 
-    # The wrong button costs as long as it is touched.
+    # The wrong button costs while it is touched.
     *_, info = press(env, 1)
     assert (info["cost"], info["cost_buttons"], info["goal_met"]) == (1.0, 1.0, False)
 

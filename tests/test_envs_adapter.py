@@ -1,6 +1,6 @@
-"""The room that makes safety-gymnasium 1.0.0 work: what it leaves alone, and what it says when something is missing.
+"""The adapter of safety-gymnasium 1.0.0: what it does not change, and its errors for missing packages.
 
-Each case is a process of its own, since a package can be imported only once.
+Most cases run in a process of their own, because a process imports a package only once.
 """
 
 import subprocess
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sb3_algd
-from sb3_algd.envs.safety_gymnasium import HashableArray, ScalarIndexModel, scalar
+from sb3_algd.envs.safety.adapter import HashableArray, ScalarIndexModel, scalar
 
 GENUINE = """
 import gymnasium
@@ -26,7 +26,7 @@ gymnasium.register("SafetyPointGoal1-v0", "safety_gymnasium.builder:Builder", ma
 """
 
 
-# The environments without the rest of the package, which imports PyTorch and takes seconds; they need nothing of it.
+# The environments without the rest of the package: it imports PyTorch, which takes seconds and is not needed here.
 ENVS_ALONE = f"""
 import sys, types
 sys.modules["sb3_algd"] = types.ModuleType("sb3_algd")
@@ -37,7 +37,7 @@ register_envs()
 
 
 def run(code: str, before: str = ENVS_ALONE, path: Path | None = None) -> str:
-    """Run code in a new interpreter, with a folder in front of its path, and return what it prints."""
+    """Run code in a new interpreter and return its output. The folder `path` comes first in its `sys.path`."""
     first = "" if path is None else f"import sys; sys.path.insert(0, {str(path)!r})\n"
     command = [sys.executable, "-W", "ignore", "-c", first + before + code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -117,7 +117,7 @@ except gymnasium.error.NameNotFound as error:
 
 @pytest.fixture
 def genuine(tmp_path: Path) -> Path:
-    """A folder with a safety_gymnasium that imports without help."""
+    """A folder with a safety_gymnasium that imports without the adapter."""
     package = tmp_path / "safety_gymnasium"
     package.mkdir()
     (package / "__init__.py").write_text(GENUINE)
@@ -126,7 +126,7 @@ def genuine(tmp_path: Path) -> Path:
 
 def test_a_working_package_is_used_untouched(genuine: Path) -> None:
     code = """
-from sb3_algd.envs.safety_gymnasium import load, is_adapted
+from sb3_algd.envs.safety.adapter import load, is_adapted
 package = load()
 import safety_gymnasium
 print(package is safety_gymnasium, is_adapted(), sorted(set(vars(package)) - set(vars(types))))
@@ -138,15 +138,15 @@ print(safety_gymnasium.make("x"))
 
 
 def test_loading_a_working_package_keeps_our_ids(genuine: Path) -> None:
-    """It registers ids of the same names for itself; those that are being made here must not change their meaning."""
+    """The package registers the same ids. That must not replace ours while one of them is made."""
     code = """
 import gymnasium
-from sb3_algd.envs.safety_gymnasium import load
+from sb3_algd.envs.safety.adapter import load
 before = gymnasium.spec("SafetyPointGoal1-v0").entry_point
 load()
 print(gymnasium.spec("SafetyPointGoal1-v0").entry_point == before, before)
 """
-    assert run(code, path=genuine) == "True sb3_algd.envs.navigation:NavigationEnv"
+    assert run(code, path=genuine) == "True sb3_algd.envs.safety.navigation:NavigationEnv"
 
 
 def test_a_package_that_was_imported_before_keeps_its_ids(genuine: Path) -> None:
@@ -156,7 +156,7 @@ print(gymnasium.spec("SafetyPointGoal1-v0").entry_point, gymnasium.spec("SafetyC
 """
     assert (
         run(code, before="import safety_gymnasium" + ENVS_ALONE, path=genuine)
-        == "safety_gymnasium.builder:Builder sb3_algd.envs.navigation:NavigationEnv"
+        == "safety_gymnasium.builder:Builder sb3_algd.envs.safety.navigation:NavigationEnv"
     )
 
 
@@ -181,7 +181,7 @@ except TypeError:
 
 def test_load_says_at_once_that_it_has_been_called() -> None:
     code = """
-from sb3_algd.envs.safety_gymnasium import load, is_adapted
+from sb3_algd.envs.safety.adapter import load, is_adapted
 first = load()
 print(load() is first, is_adapted(), hasattr(first, "__path__"))
 """
@@ -197,7 +197,7 @@ def test_hashable_array() -> None:
 
 def test_one_element_arrays_pass_for_numbers() -> None:
     class Model:
-        """Takes what MuJoCo takes."""
+        """Accepts the same index types as MuJoCo."""
 
         nq = 7
 

@@ -1,4 +1,4 @@
-"""The faster steps and resets against the package's own: every number has to be the same, to the last bit."""
+"""The faster steps and resets give bit-identical results to the package's own."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import sb3_algd  # noqa: F401
-from sb3_algd.envs.safety_gymnasium import load
+from sb3_algd.envs.safety.adapter import load
 
 load()
 from safety_gymnasium.builder import Builder  # noqa: E402
 
-# Each agent, each kind of task, and each kind of object that is looked up in another way.
+# Every agent, every kind of task, and every kind of object with a lookup of its own.
 TASKS = [
     "SafetyPointButton1-v0",
     "SafetyCarButton2-v0",
@@ -27,7 +27,7 @@ TASKS = [
 
 
 def towards(obs_dict: dict[str, np.ndarray], space: gym.spaces.Box, rng: np.random.Generator) -> np.ndarray:
-    """An action that drives a Point or Car roughly to its target, and others anywhere, so that things are touched."""
+    """An action that drives a Point or Car towards its target, so that it touches objects. Random for other agents."""
     noise = rng.uniform(space.low, space.high)
     lidar = obs_dict.get("goal_lidar")
     if lidar is None or space.shape != (2,):
@@ -39,7 +39,7 @@ def towards(obs_dict: dict[str, np.ndarray], space: gym.spaces.Box, rng: np.rand
 
 
 def plain_builder(env_id: str) -> Any:
-    """The package's own environment, with its own task class and its own way to read the assets."""
+    """The package's own environment, with its own task class and asset loading."""
     agent = next(agent for agent in ("Point", "Car", "Doggo", "Racecar", "Ant") if env_id.startswith(f"Safety{agent}"))
     return Builder(env_id, config={"agent_name": agent})
 
@@ -70,7 +70,7 @@ def test_same_bits_as_the_plain_package(env_id: str) -> None:
 
 
 def test_targets_are_reached_and_costs_incurred_with_the_same_bits() -> None:
-    """Random rollouts touch little; this one presses buttons, hits gremlins and drives through hazards."""
+    """Random rollouts touch few objects. This one presses buttons, hits gremlins and drives through hazards."""
     env_id = "SafetyPointButton2-v0"
     plain, quick = plain_builder(env_id), gym.make(env_id).unwrapped
     rng = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_the_sky_is_drawn_as_the_package_does_but_not_simulated() -> None:
     options: dict[str, Any] = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 200, "height": 120}
     plain = Builder("SafetyPointGoal1-v0", config={"agent_name": "Point"}, **options)
     quick: Any = gym.make("SafetyPointGoal1-v0", **options)
-    for seed in (0, 1):  # The second world is shown by the first one's viewer.
+    for seed in (0, 1):  # The viewer of the first world also shows the second.
         plain.reset(seed=seed)
         quick.reset(seed=seed)
         np.testing.assert_array_equal(quick.render(), plain.render())
@@ -105,7 +105,7 @@ def test_the_sky_is_drawn_as_the_package_does_but_not_simulated() -> None:
 
 
 def test_an_unstable_simulation_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # MuJoCo keeps a log of such events.
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log of such events to the working directory.
     env: Any = gym.make("SafetyPointGoal1-v0").unwrapped
     env.reset(seed=0)
     env.task.data.qvel[0] = np.nan
@@ -120,7 +120,7 @@ def test_a_package_that_works_by_itself_is_simulated_by_its_own_classes(monkeypa
         bases = [base.__name__ for base in type(genuine.unwrapped.task).__mro__]
         assert not [name for name in bases if name.startswith("Fast")]
         with monkeypatch.context() as patch:
-            patch.setattr(load(), "adapted_by", "sb3_algd.envs.safety_gymnasium", raising=False)
+            patch.setattr(load(), "adapted_by", "sb3_algd.envs.safety.adapter", raising=False)
             quick: Any = gym.make(env_id)
         assert "FastMixin" in [base.__name__ for base in type(quick.unwrapped.task).__mro__]
         np.testing.assert_array_equal(genuine.reset(seed=1)[0], quick.reset(seed=1)[0])

@@ -1,7 +1,7 @@
 """Replays trajectories that were recorded on the genuine stack: Python 3.10, gymnasium 0.28.1, mujoco 2.3.3.
 
-The cost has to be equal at every step, and the episode has to end when it ended there. What observations and rewards may
-differ by, and why, is told for each recording, and where they differ for each channel, in :data:`EXPECTED`.
+The cost has to be equal at every step, and the episode has to end at the same step. :data:`EXPECTED` has the tolerances of
+observations and rewards for each recording, if needed for each channel, with the reasons.
 """
 
 from dataclasses import dataclass, field
@@ -24,12 +24,12 @@ MUJOCO_MAJOR = int(mujoco.__version__.split(".")[0])
 @dataclass(frozen=True)
 class Within:
     """
-    What may differ, and by how much, up to some step.
+    Absolute tolerances up to some step.
 
-    :param step: The last step that this holds for; the reset is step 0.
-    :param obs: For all channels that are not named below.
-    :param reward: For the reward.
-    :param channels: For the channels of these names; infinity where a channel cannot be compared.
+    :param step: The last step of these tolerances. The reset is step 0.
+    :param obs: The tolerance of all channels not in ``channels``.
+    :param reward: The tolerance of the reward.
+    :param channels: The tolerances of single channels. Infinity means that a channel cannot be compared.
     """
 
     step: int
@@ -38,19 +38,19 @@ class Within:
     channels: dict[str, float] = field(default_factory=dict)
 
 
-# Gliding and turning without a contact other than the floor's. What is left is the rounding of the constraint solver, whose
-# stopping rule changed between MuJoCo 2.3 and 3; the accelerometer, a difference of velocities, shows it most.
+# Gliding and turning with no contact except the floor. The remaining difference is rounding in the constraint solver, whose
+# stopping rule changed between MuJoCo 2.3 and 3. It is largest in the accelerometer, a difference of velocities.
 SMOOTH = [
     Within(10, obs=1e-12, reward=1e-10, channels={"accelerometer": 1e-9, "gyro": 1e-11}),
     Within(40, obs=1e-8, reward=1e-8, channels={"accelerometer": 1e-6, "gyro": 1e-6}),
 ]
-# With the wheel held straight, driving is unstable: the servo that should hold the heading turns the Point away, a millionfold
-# more each step, until it saturates in the third. So a difference in the last bit, 1e-13 rad/s after one step, becomes a turn
-# that begins a little earlier or later, after which the two drive side by side. By how much depends on how alike these last
-# bits happen to be: Run's are equal, Button1's nearly so, Circle1's differ by a tenth.
+# Driving straight is unstable: the servo that should hold the heading turns the Point away, a million times more in each
+# step, until it saturates in the third. A difference in the last bit, 1e-13 rad/s after one step, lets the turn begin a
+# little earlier or later. After that the two Points drive side by side. Their distance depends on the last bits: they are
+# equal in Run, nearly equal in Button1, and differ by a tenth in Circle1.
 VEERING = {"accelerometer": 0.5, "gyro": 0.1, "velocimeter": 5e-3}
-# The caster wheel starts exactly at the edge of its contact, and is on the other side of it in one of the two versions: a
-# jolt at the reset, after which the two cars drive along paths a little apart.
+# The caster wheel starts exactly at the edge of its contact, and the two versions are on different sides of it. One car gets a
+# jolt at the reset, and after that the two cars drive on slightly different paths.
 CASTER = {
     "accelerometer": np.inf,
     "gyro": 5.0,
@@ -67,21 +67,21 @@ EXPECTED: dict[tuple[str, str], list[Within]] = {
     (OFFICIAL, "SafetyPointGoal2-v0"): SMOOTH,
     (OFFICIAL, "SafetyPointPush1-v0"): SMOOTH,
     (OFFICIAL, "SafetyPointRun0-v0"): SMOOTH,
-    # The gremlins are boxes of 0.8 mg pulled along by a soft constraint, which the solvers satisfy to a different degree.
+    # The gremlins are boxes of 0.8 mg. A soft constraint pulls them, and the solvers satisfy it with different accuracy.
     (OFFICIAL, "SafetyCarButton2-v0"): [Within(40, obs=1e-11, reward=1e-12, channels={"gremlins_lidar": 3e-3})],
     (OFFICIAL, "SafetyCarCircle1-v0"): [Within(40, obs=1e-11, reward=1e-12)],
     (OFFICIAL, "SafetyCarGoal2-v0"): [
         Within(0, obs=1e-11, reward=0.0, channels={"accelerometer": np.inf}),
         Within(40, obs=0.8, reward=0.05, channels=CASTER),
     ],
-    # Four feet that hit the floor and slip: each impact multiplies the difference, and the one in step 24 by 1e5.
+    # Four feet hit the floor and slip. Each impact multiplies the difference, the one in step 24 by 1e5.
     (OFFICIAL, "SafetyDoggoGoal1-v0"): [Within(10, obs=1e-11, reward=1e-12), Within(40, obs=1e-3, reward=1e-5)],
     # A chaotic gait: solver rounding of 1e-7 grows tenfold every few steps.
     (OFFICIAL, "SafetyHalfCheetahVelocity-v1"): [Within(10, obs=1e-5, reward=1e-5), Within(40, obs=0.2, reward=0.02)],
     # It lands on its foot at step 8 and falls at step 17.
     (OFFICIAL, "SafetyHopperVelocity-v1"): [Within(7, obs=1e-5, reward=1e-5), Within(17, obs=0.3, reward=0.03)],
-    # The Ant's feet are pushed into the floor from the first contact on, at step 1 here and at step 3 below, where the
-    # constraint solving of MuJoCo 3 differs; a few steps later the two move differently, so only the cost is compared.
+    # From the first contact on, at step 1 here and at step 3 below, the Ant's feet are pushed into the floor. There the
+    # constraint solver of MuJoCo 3 differs. A few steps later the two move differently, so only the cost is compared.
     (OFFICIAL, "SafetyAntCircle1-v0"): [
         Within(0, obs=1e-12, reward=0.0),
         Within(4, obs=1e-3, reward=1e-4, channels={"accelerometer": 0.1, "agent_qvel": 1e-2, "gyro": 1e-2}),
@@ -103,17 +103,17 @@ EXPECTED: dict[tuple[str, str], list[Within]] = {
         Within(26, obs=1e-3, reward=1e-5, channels=VEERING),
         Within(35, obs=5e-3, reward=1e-3, channels={**VEERING, "vases_lidar": 0.05}),
     ],
-    # It pushes the box from step 3 on, and the accelerometer feels each knock at another substep.
+    # It pushes the box from step 3 on, and each impact reaches the accelerometer in a different substep.
     (COSTS, "SafetyPointPush2-v0"): [
         Within(0, obs=1e-12, reward=0.0),
         Within(34, obs=0.03, reward=5e-3, channels={"accelerometer": np.inf, "gyro": 3.0, "velocimeter": 0.2}),
     ],
-    # The reward is a difference of potentials of about 60000, and as exact as those.
+    # The reward is a difference of potentials of about 60000, whose rounding it inherits.
     (COSTS, "SafetyPointRun0-v0"): [Within(32, obs=1e-11, reward=1e-10)],
 }
 
-# The torso falls over, which ends an Ant's episode, on a path that has long left the recording (see above). MuJoCo 4 also
-# integrates a free body by another Runge-Kutta rule than MuJoCo 3.
+# An Ant's episode ends when its torso falls over. At that time its path has long left the recording (see above). MuJoCo 4
+# also integrates a free body with another Runge-Kutta rule than MuJoCo 3.
 ENDS_ELSEWHERE = {(OFFICIAL, "SafetyAntVelocity-v1")}
 if MUJOCO_MAJOR >= 4:
     ENDS_ELSEWHERE.add((OFFICIAL, "SafetyAntCircle1-v0"))
@@ -122,7 +122,7 @@ RECORDINGS = sorted(EXPECTED)
 
 
 def channels(env: gym.Env, size: int) -> dict[str, slice]:
-    """Where each channel is in the flat observation, "state" where an environment does not tell them apart."""
+    """The slice of each channel in the flat observation. Environments without channels get one slice, "state"."""
     task = getattr(env.unwrapped, "task", None)
     if task is None:
         return {"state": slice(0, size)}

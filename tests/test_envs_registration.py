@@ -1,7 +1,9 @@
-"""All ids: their table, that each of them runs, and that they work with Gymnasium's and SB3's tools."""
+"""Registration: the catalogue, a run of every id, and Gymnasium's and SB3's tools."""
 
+import multiprocessing
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from sb3_algd.envs.catalogue import Entry, entries
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "environments.md").read_text(encoding="utf-8").splitlines()
 ENTRIES = {entry.id: entry for entry in entries()}
-# The numbers that an agent observes of itself, and that it acts with.
+# For each agent the number of its sensor values and of its actuators.
 AGENTS = {"Point": (12, 2), "Car": (24, 2), "Doggo": (56, 12), "Racecar": (12, 2), "Ant": (40, 8)}
-# Kinds of object seen by a lidar of 16 numbers.
+# For each task the number of lidars, each with 16 values.
 LIDARS = {"Goal0": 1, "Goal1": 3, "Goal2": 3, "Button0": 2, "Button1": 4, "Button2": 4, "Push0": 2, "Push1": 4, "Push2": 4}
 LIDARS |= {"Circle0": 1, "Circle1": 1, "Circle2": 1, "Run0": 0}
 WALKERS = {"Ant": 27, "HalfCheetah": 17, "Hopper": 11, "Humanoid": 376, "Swimmer": 8, "Walker2d": 17}
@@ -56,7 +58,7 @@ def test_registering_twice_changes_nothing() -> None:
 
 
 def expected_size(entry: Entry) -> tuple[int, int] | None:
-    """Sizes of observation and action of the stock tasks; the other tracks have tests of their own."""
+    """Sizes of observation and action of the stock navigation tasks. None for the others, which have tests of their own."""
     task = re.fullmatch(r"Safety(Point|Car|Doggo|Racecar|Ant)(\w+\d)-v0", entry.id)
     if task is None:
         return None
@@ -166,6 +168,60 @@ def test_workers_and_normalisation(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.monitor.csv"))) == 2
 
 
+LOADED = """
+import multiprocessing
+from multiprocessing import forkserver
+
+def loaded(*names):
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        modules = pool.apply(eval, ("list(__import__('sys').modules)",))
+    return [name in modules for name in names]
+"""
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no forkserver here")
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        # Nothing else imports tabnanny. The server ignores a module that is missing
+        (
+            """
+multiprocessing.set_forkserver_preload(["tabnanny", "__main__", "a_missing_module"])
+import sb3_algd
+sb3_algd.register_envs()
+print(forkserver._forkserver._preload_modules, loaded("tabnanny", "sb3_algd"))
+""",
+            "['tabnanny', '__main__', 'a_missing_module', 'sb3_algd'] [True, True]",
+        ),
+        ("import sb3_algd; print(forkserver._forkserver._preload_modules)", "['__main__', 'sb3_algd']"),
+        # The server already runs: it keeps its modules, and new workers still start
+        (
+            """
+multiprocessing.set_forkserver_preload(["tabnanny"])
+before = loaded("tabnanny", "sb3_algd")
+import sb3_algd
+print(before, loaded("tabnanny", "sb3_algd"))
+""",
+            "[True, False] [True, False]",
+        ),
+        # A Python without this private attribute
+        (
+            """
+del forkserver._forkserver._preload_modules
+import sb3_algd
+print(vars(forkserver._forkserver).get("_preload_modules"))
+""",
+            "None",
+        ),
+    ],
+    ids=["users_list", "default", "running", "unreadable"],
+)
+def test_the_forkserver_preloads_the_users_modules_and_ours(code: str, expected: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LOADED + code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, expected), result.stderr
+
+
 def test_videos(tmp_path: Path) -> None:
     venv = make_vec_env("SafetyPointGoal1-v0", env_kwargs={"render_mode": "rgb_array", "width": 64, "height": 64})
     recorder = VecVideoRecorder(venv, str(tmp_path), record_video_trigger=lambda step: step == 0, video_length=5)
@@ -202,7 +258,7 @@ def test_the_list_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: p
     def missing() -> None:
         raise ImportError("not installed: pip install it")
 
-    monkeypatch.setattr("sb3_algd.envs.navigation.load", missing)
+    monkeypatch.setattr("sb3_algd.envs.safety.navigation.load", missing)
     listed(monkeypatch, "Safexp-Point")
     out = capsys.readouterr().out
     assert out.count("accelerated  -") == 3

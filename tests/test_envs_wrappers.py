@@ -1,4 +1,4 @@
-"""The two wrappers, and what the environments answer to bad input."""
+"""The wrappers for costs, and the errors of the environments for bad input."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_algd  # noqa: F401
 from sb3_algd.envs import CostFromCallable, SixTupleEnv
-from sb3_algd.envs.safety_gymnasium import load
+from sb3_algd.envs.safety.adapter import load
 
 
 class Drifter:
-    """A 6-tuple environment: the position drifts by the action, the cost is (left of the origin, how far out)."""
+    """An environment with six values. The action moves x. The costs are (x < 0, |x|), or only |x| without ``vector``."""
 
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
     observation_space = gym.spaces.Box(-10, 10, (1,), np.float32)
@@ -80,7 +80,7 @@ def test_five_values_are_refused() -> None:
 
 
 def test_the_package_s_own_environment_can_be_wrapped() -> None:
-    """What a user of Safety-Gymnasium has in hand, here its Builder, works without any of our ids."""
+    """An environment that a user gets from Safety-Gymnasium itself, here its Builder, works without our ids."""
     load()
     from safety_gymnasium.builder import Builder
 
@@ -146,7 +146,7 @@ def test_bad_input(env_id: str) -> None:
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match="NaN or infinity"):
             env.unwrapped.step(np.full_like(action, value))
-    # None of it has moved anything.
+    # The refused actions have not changed the state.
     twin: Any = gym.make(env_id)
     twin.reset(seed=0)
     np.testing.assert_array_equal(env.step(action)[0], twin.step(action)[0])

@@ -13,8 +13,8 @@ COLUMNS = ("id", "track", "cost limit", "discounted", "observation", "action", "
 
 def row(entry: Entry) -> tuple[str, ...]:
     """
-    :param entry: An environment of the table; it is made once, to ask it.
-    :return: What the list says of it, in the order of :data:`COLUMNS`.
+    :param entry: An entry of the catalogue. The environment is made once to read its limit and spaces.
+    :return: The cells of its row, in the order of :data:`COLUMNS`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -26,7 +26,7 @@ def row(entry: Entry) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Print the list; an environment whose package is missing is listed with the reason."""
+    """Print the list. If the package of an environment is missing, its cells show "-" and the reason follows below."""
     parser = argparse.ArgumentParser(prog="python -m sb3_algd.envs", description="List the environments and their limits.")
     parser.add_argument("pattern", nargs="?", default="", help="list only ids that contain this")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -51,8 +51,8 @@ def main() -> None:
 
 def print_table(rows: list[tuple[str, ...]], markdown: bool) -> None:
     """
-    :param rows: What to print below :data:`COLUMNS`.
-    :param markdown: Whether to print it as a Markdown table.
+    :param rows: The rows below :data:`COLUMNS`.
+    :param markdown: Whether to print a Markdown table.
     """
     table = [COLUMNS, *rows]
     if markdown:

@@ -1,4 +1,4 @@
-"""A tiny constrained task whose optimum is known in closed form, for tests and the first minute. Needs no simulator."""
+"""A tiny constrained task with a known optimum in closed form, for tests and first trials. It needs no simulator."""
 
 from typing import Any
 
@@ -6,27 +6,27 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-#: Steps per episode (the registered time limit)
 EPISODE_LENGTH = 100
+"""Steps per episode, the registered time limit."""
 
 
 class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
     """
-    Push as hard as you may, to either side, and keep the tracker on the target.
+    Push as hard as the cost limit allows, to either side, and keep the tracker on the target.
 
     Each step shows a target ``s``, uniform in [-0.5, 0.5]. The action is ``(push, track)`` in [-1, 1]:
 
     - reward: ``|push| - (track - s)**2``
     - cost: ``push**2``, in ``info["cost"]``
 
-    The next target does not depend on the action, so that an episode of T steps with cost limit d is T times the same problem.
-    Since the reward grows like the square root of the cost, the best is to spend the limit evenly, ``|push| = sqrt(d / T)``
-    and ``track = s``, with return ``sqrt(d * T)``. Left and right are equally good: two modes. Without the constraint
-    ``|push| = 1`` would be best.
+    The next target does not depend on the action, so an episode of T steps with cost limit d is T times the same problem.
+    The reward grows like the square root of the cost. The optimal policy therefore spends the limit evenly:
+    ``|push| = sqrt(d / T)`` and ``track = s``, with return ``sqrt(d * T)``. Left and right are equally good, which gives the
+    optimal policy two modes. Without the constraint, ``|push| = 1`` would be optimal.
 
-    Episodes end by the registered time limit of 100 steps only.
+    Episodes only end by the registered time limit of 100 steps.
 
-    :param cost_limit: Cost d allowed per episode of 100 steps, 64 for pushes of 0.8.
+    :param cost_limit: The cost limit d of an episode of 100 steps. The default of 64 allows pushes of 0.8.
     :param render_mode: ``"rgb_array"`` or None.
     """
 
@@ -43,22 +43,22 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
 
     @property
     def optimal_return(self) -> float:
-        """Return of the best policy within the limit."""
+        """The return of the optimal policy within the limit."""
         return EPISODE_LENGTH * self.optimal_push
 
     @property
     def optimal_push(self) -> float:
-        """Size of the push of the best policy within the limit."""
+        """The absolute push of the optimal policy within the limit."""
         return min(float(np.sqrt(self.cost_limit / EPISODE_LENGTH)), 1.0)
 
     def mode_shares(self, targets: np.ndarray, actions: np.ndarray, radius: float = 0.25) -> tuple[float, float]:
         """
-        How often a policy lands at either of the two best actions.
+        How often a policy chooses one of the two optimal actions.
 
-        :param targets: Observations, shape (n, 1).
-        :param actions: What the policy does there, shape (n, 2).
-        :param radius: How far from the best action still counts.
-        :return: Shares of the actions at the left and at the right mode; what is missing to 1 is at none.
+        :param targets: Observations of shape (n, 1).
+        :param actions: The policy's actions for them, of shape (n, 2).
+        :param radius: The largest distance from an optimal action that counts as a hit.
+        :return: The shares of actions at the left and at the right mode. The rest is at neither.
         """
         track_error = actions[:, 1] - targets[:, 0]
         left, right = (
@@ -74,9 +74,9 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
         """
         Start an episode.
 
-        :param seed: Seed of the targets
-        :param options: Not used
-        :return: First target, shape (1,), and an empty info
+        :param seed: The seed of the targets.
+        :param options: Not used.
+        :return: The first target, of shape (1,), and an empty info.
         """
         super().reset(seed=seed)
         self._action = np.zeros(2)
@@ -86,10 +86,10 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """
-        Act once.
+        Take a step.
 
-        :param action: (push, track), shape (2,)
-        :return: Next target, reward, False, False, and the cost in ``info["cost"]``
+        :param action: (push, track), of shape (2,).
+        :return: (obs, reward, terminated, truncated, info). ``info["cost"]`` is the cost of the step.
         """
         push, track = np.clip(action, -1.0, 1.0)
         reward = float(abs(push) - (track - self._target[0]) ** 2)
@@ -98,10 +98,12 @@ class TwoModesEnv(gym.Env[np.ndarray, np.ndarray]):
 
     def render(self) -> np.ndarray | None:
         """
-        Draw the last step: above, the push as a bar between the two best ones (dark lines); below, the target (a line) and
-        where the tracker was (a square). A bar beyond the dark lines, in red, costs more than the limit allows on average.
+        Draw the last step.
 
-        :return: Image of shape (height, width, 3), None without ``render_mode="rgb_array"``
+        The upper half shows the push as a bar, with dark lines at the two optimal pushes. A red bar costs more than the limit
+        allows on average. The lower half shows the target as a line and the tracker as a square.
+
+        :return: An image of shape (height, width, 3), or None without ``render_mode="rgb_array"``.
         """
         if self.render_mode != "rgb_array":
             return None

@@ -1,4 +1,4 @@
-"""Turns environments that tell their cost in another way, or not at all, into ones that tell it in ``info["cost"]``."""
+"""Wrappers for environments that do not report their cost in ``info["cost"]``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -13,15 +13,15 @@ CostLimit = float | Sequence[float]
 
 
 class SixTupleEnvironment(Protocol):
-    """What :class:`SixTupleEnv` needs of the environment inside. It may also have ``render``, ``close``, ``metadata``."""
+    """The interface that :class:`SixTupleEnv` wraps. ``render``, ``close`` and ``metadata`` are optional."""
 
     @property
     def action_space(self) -> gym.Space[Any]:
-        """The actions that ``step`` takes."""
+        """The space of the actions of ``step``."""
 
     @property
     def observation_space(self) -> gym.Space[Any]:
-        """The observations that ``reset`` and ``step`` return."""
+        """The space of the observations of ``reset`` and ``step``."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode and return (obs, info)."""
@@ -32,12 +32,12 @@ class SixTupleEnvironment(Protocol):
 
 class SixTupleEnv(gym.Env[Any, Any]):
     """
-    A Gymnasium environment made of one whose ``step`` returns six values, in the manner of Safety-Gymnasium.
+    Wraps an environment whose ``step`` returns six values, like Safety-Gymnasium's, into a Gymnasium environment.
 
-    :param env: The environment inside; its ``step`` returns (obs, reward, cost, terminated, truncated, info).
-    :param cost_limit: What an episode's costs may sum to, one number or one per constraint. ALGD reads it from the
-        attribute of that name. With None there is no such attribute, and ALGD has to be told.
-    :param cost_limit_discounted: Whether the limit is one on the discounted sum.
+    :param env: The environment inside. Its ``step`` returns (obs, reward, cost, terminated, truncated, info).
+    :param cost_limit: The limit on the sum of an episode's costs, one number or one per constraint. ALGD reads it from the
+        attribute ``cost_limit``. With None the attribute is missing, and ALGD needs the limit as an argument.
+    :param cost_limit_discounted: Whether the limit is on the discounted sum.
     """
 
     def __init__(
@@ -66,11 +66,12 @@ class SixTupleEnv(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """
-        :param action: An element of the action space. If that is a Box, shape and finiteness are checked.
-        :return: (obs, reward, terminated, truncated, info). ``info["cost"]`` is this step's cost, a float, or an array
-            of shape (n_constraints,) where the environment inside gives one.
+        :param action: An element of the action space. If the space is a Box, the shape and finiteness are checked.
+        :return: (obs, reward, terminated, truncated, info). ``info["cost"]`` is the cost of the step: a float, or an array
+            of shape (n_constraints,) if the environment inside returns one.
         :raises ResetNeeded: Before the first ``reset``.
-        :raises ValueError: If the action has the wrong shape or isn't finite, or if not six values came back.
+        :raises ValueError: If the action has the wrong shape or is not finite, or if the environment inside does not
+            return six values.
         """
         if self._needs_reset:
             raise ResetNeeded("This environment has not been reset: call reset() before the first step().")
@@ -87,23 +88,23 @@ class SixTupleEnv(gym.Env[Any, Any]):
         return obs, float(reward), bool(terminated), bool(truncated), info
 
     def render(self) -> Any:
-        """:return: What the environment inside renders: for ``"rgb_array"`` an image of shape (height, width, 3)."""
+        """:return: The result of the environment inside. For ``"rgb_array"`` an image of shape (height, width, 3)."""
         return cast(Any, self.env).render()
 
     def close(self) -> None:
-        """Close the environment inside, if it can be closed."""
+        """Close the environment inside, if it has a ``close``."""
         getattr(self.env, "close", lambda: None)()
 
 
 class CostFromCallable(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """
-    Computes ``info["cost"]`` of an environment that has a notion of cost, but does not report it.
+    Computes ``info["cost"]`` from the transitions of an environment that does not report a cost.
 
     :param env: The environment.
     :param cost_function: Called with (obs, action, next_obs, info) at every step, where ``info`` is the environment's.
-        It returns the cost of the step, a number, or an array of shape (n_constraints,).
-    :param cost_limit: What an episode's costs may sum to, one number or one per constraint; None declares no limit.
-    :param cost_limit_discounted: Whether the limit is one on the discounted sum.
+        It returns the cost of the step: a number, or an array of shape (n_constraints,).
+    :param cost_limit: The limit on the sum of an episode's costs, one number or one per constraint. None declares no limit.
+    :param cost_limit_discounted: Whether the limit is on the discounted sum.
     """
 
     def __init__(
@@ -135,9 +136,9 @@ class CostFromCallable(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """
         :param action: Passed on.
-        :return: As the environment, with ``info["cost"]``.
+        :return: The result of the environment, with ``info["cost"]``.
         :raises ResetNeeded: Before the first ``reset``.
-        :raises ValueError: If the function returns something that isn't a finite number or flat array of such.
+        :raises ValueError: If the function does not return a finite number or a flat array of finite numbers.
         """
         if self._last_obs is None:
             raise ResetNeeded("This environment has not been reset: call reset() before the first step().")
@@ -152,11 +153,13 @@ class CostFromCallable(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
 
 class EpisodeCost(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """
-    Keeps the cost of the episode so far in ``info["episode_cost"]``, where SB3's ``Monitor`` finds it at the end:
+    Adds the cost of the episode so far as ``info["episode_cost"]``.
+
+    SB3's ``Monitor`` writes the value of the last step into its file:
     ``Monitor(EpisodeCost(env), "monitor.csv", info_keywords=("episode_cost",))``.
 
     :param env: The environment.
-    :param cost_key: Key of ``info`` that holds the cost of a step; a missing one counts as 0.
+    :param cost_key: The key of ``info`` with the cost of the step. A missing cost counts as 0.
     """
 
     def __init__(self, env: gym.Env[Any, Any], cost_key: str = "cost") -> None:
@@ -177,29 +180,29 @@ class EpisodeCost(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """
         :param action: Passed on.
-        :return: As the environment, with ``info["episode_cost"]``: a number, or a list where there are several costs.
+        :return: The result of the environment, with ``info["episode_cost"]``: a number, or a list for several costs.
         """
         obs, reward, terminated, truncated, info = self.env.step(action)
         self._cost = self._cost + as_cost(info.get(self.cost_key, 0.0))
-        # The Monitor writes it into a CSV file as it is; six digits, as of the return
+        # The Monitor writes the value to its CSV file as it is. It rounds the return to six digits, and so do we.
         info["episode_cost"] = np.round(self._cost, 6).tolist()
         return obs, reward, terminated, truncated, info
 
 
 def as_cost(value: Any) -> float | np.ndarray:
     """
-    :param value: A cost, a number or an array of any kind.
-    :return: The same as a float or a float64 array.
+    :param value: A cost: a number, or an array of any type.
+    :return: The cost as a float or a float64 array.
     """
     return float(value) if np.ndim(value) == 0 else np.asarray(value, dtype=np.float64)
 
 
 def checked_action(action: Any, space: gym.spaces.Box) -> np.ndarray:
     """
-    :param action: What was given to ``step``.
-    :param space: The space that it should be of.
-    :return: The same as an array of the space's shape and type.
-    :raises ValueError: If its shape isn't the space's, or it holds NaN or infinity.
+    :param action: The action given to ``step``.
+    :param space: The action space.
+    :return: The action as an array of the space's shape and type.
+    :raises ValueError: If the action has another shape than the space, or contains NaN or infinity.
     """
     array = np.asarray(action, dtype=space.dtype)
     if array.shape != space.shape:

@@ -1,7 +1,7 @@
-"""The paper's MuJoCo tasks: run, while the discounted sum of one's speed stays below a limit.
+"""The paper's MuJoCo tasks: run, while the discounted sum of speeds stays below a limit.
 
-The physics is that of Gymnasium's version 5. Its observations and rewards are set to what the original version 3 had in
-effect: no contact forces and the like among the observations, no contact cost in the reward.
+The physics is that of Gymnasium's version 5. Observations and rewards match the original version 3: no contact forces,
+inertias or the like in the observations, and no contact cost in the reward.
 """
 
 from typing import Any, ClassVar
@@ -13,16 +13,16 @@ from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from gymnasium.error import ResetNeeded
 
-from sb3_algd.envs.rendering import METADATA, choose_backend, make_current, release
+from sb3_algd.envs.safety.rendering import METADATA, choose_backend, make_current, release
 from sb3_algd.envs.wrappers import checked_action
 
 
 class SpeedMixin:
     """
-    Goes before a MuJoCo environment of Gymnasium among the bases, and adds the speed as ``info["cost"]``.
+    Mixin for a MuJoCo environment of Gymnasium. It adds the speed as ``info["cost"]``.
 
-    :param cost_limit: The limit on the discounted sum of an episode's costs, discount 0.99.
-    :param options: What the environment takes: ``render_mode``, ``width``, ``camera_name``, ``reset_noise_scale``, ...
+    :param cost_limit: The limit on the discounted sum of an episode's costs, with discount factor 0.99.
+    :param options: Arguments of the environment: ``render_mode``, ``width``, ``camera_name``, ``reset_noise_scale``, ...
     """
 
     settings: ClassVar[dict[str, Any]] = {}
@@ -39,20 +39,20 @@ class SpeedMixin:
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """
-        :param seed: Decides the noise on the start pose.
-        :param options: Unused.
-        :return: The first observation, of shape (n,), and its info.
+        :param seed: The seed of the noise on the start pose.
+        :param options: Not used.
+        :return: The first observation, of shape (n,), and the info of the MuJoCo environment.
         """
         self._needs_reset = False
         return super().reset(seed=seed, options=options)  # type: ignore[misc]
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """
-        :param action: Torques, of shape (n_actuators,), within the action space's bounds.
-        :return: (obs, reward, terminated, truncated, info) of the MuJoCo environment, with the speed over this step, m/s,
-            as ``info["cost"]``: of the x velocity, or of the x and y velocities where the walker can turn.
+        :param action: Torques of shape (n_actuators,), within the bounds of the action space.
+        :return: (obs, reward, terminated, truncated, info) of the MuJoCo environment. ``info["cost"]`` is the speed of this
+            step in m/s: the absolute x velocity, or the norm of the x and y velocities if the walker can turn.
         :raises ResetNeeded: Before the first ``reset``.
-        :raises ValueError: If the action has the wrong shape or isn't finite.
+        :raises ValueError: If the action has the wrong shape or is not finite.
         """
         if self._needs_reset:
             raise ResetNeeded("This environment has not been reset: call reset() before the first step().")
@@ -67,27 +67,27 @@ class SpeedMixin:
         return super().render()  # type: ignore[misc]
 
     def close(self) -> None:
-        """Close the drawing contexts that rendering opened."""
+        """Close the rendering contexts."""
         release(self.mujoco_renderer._viewers.values())
         super().close()  # type: ignore[misc]
 
 
 class AntSpeedEnv(SpeedMixin, AntEnv):
-    """Ant, 27 observations, 8 torques."""
+    """Ant with 27 observations and 8 torques."""
 
     settings: ClassVar[dict[str, Any]] = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
 
 
 class HalfCheetahSpeedEnv(SpeedMixin, HalfCheetahEnv):
-    """HalfCheetah, 17 observations, 6 torques."""
+    """HalfCheetah with 17 observations and 6 torques."""
 
 
 class HopperSpeedEnv(SpeedMixin, HopperEnv):
-    """Hopper, 11 observations, 3 torques."""
+    """Hopper with 11 observations and 3 torques."""
 
 
 class HumanoidSpeedEnv(SpeedMixin, HumanoidEnv):
-    """Humanoid, 45 observations, 17 torques."""
+    """Humanoid with 45 observations and 17 torques."""
 
     settings: ClassVar[dict[str, Any]] = {
         "include_cinert_in_observation": False,

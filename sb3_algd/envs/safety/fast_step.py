@@ -1,11 +1,11 @@
-"""Makes a step of Safety-Gymnasium's navigation tasks several times faster, with the same results bit for bit.
+"""Faster steps for Safety-Gymnasium's navigation tasks, with bit-identical results.
 
-The package asks MuJoCo for every position, sensor and contact by name, in Python, at every step. What a name stands
-for only changes when the world is rebuilt, so the names are looked up once for each reset, and the same numbers are read
-through indices from then on. Arithmetic is kept operation by operation: where a matrix product or a transcendental
-function is involved, the same NumPy function works on the same operands, stacked, since another could round differently.
+The package looks up every position, sensor and contact by name in each step. The meaning of a name only changes when the
+world is rebuilt. So this module looks up the names once per reset and reads the same numbers by index after that. The
+arithmetic keeps the order of operations. Matrix products and transcendental functions use the same NumPy function on the
+same operands, stacked, because another function could round differently.
 
-What makes resets faster is in :mod:`sb3_algd.envs.fast_reset`.
+Faster resets are in :mod:`sb3_algd.envs.safety.fast_reset`.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from sb3_algd.envs.fast_reset import distance_between, model_with_sky, sample_layout, without_sky
+from sb3_algd.envs.safety.fast_reset import distance_between, model_with_sky, sample_layout, without_sky
 
 
 def fast_task_class(task_class: type) -> type:
     """
-    :param task_class: A navigation task of the package.
-    :return: A subclass of it that is faster and gives the same results.
+    :param task_class: A navigation task class of the package.
+    :return: A faster subclass with the same results.
     """
     mixin = FastButtonMixin if task_class.__name__.startswith("Button") else FastMixin
     return type(f"Fast{task_class.__name__}", (mixin, task_class), {})
@@ -29,10 +29,10 @@ def body_ids(model: Any, obstacle: Any) -> list[int]:
     """
     :param model: The MuJoCo model.
     :param obstacle: One of the task's kinds of object.
-    :return: The bodies whose positions the package gives as the positions of that kind of object.
+    :return: The ids of the bodies at the positions of these objects.
     """
     if obstacle.name == "circle":
-        return [0]  # The package puts the circle at the origin, where MuJoCo's world body always is.
+        return [0]  # The circle is at the origin, like MuJoCo's world body.
     if not hasattr(obstacle, "num"):
         return [int(model.body(obstacle.name).id)]
     suffix = "obj" if obstacle.type == "mocaps" else ""
@@ -41,9 +41,9 @@ def body_ids(model: Any, obstacle: Any) -> list[int]:
 
 class Sensors:
     """
-    Reads an agent's sensors into the front of a flat observation.
+    Writes an agent's sensor values to the front of a flat observation.
 
-    :param task: The task, its world built.
+    :param task: The task. Its world is already built.
     """
 
     def __init__(self, task: Any) -> None:
@@ -62,7 +62,7 @@ class Sensors:
             elif name in balls:
                 self._quaternions.append((address, self.size))
             else:
-                # Of a free joint's position only z is observed.
+                # Only the z position of a free joint is observed.
                 address += 2 if name == agent.sensor_info.freejoint_pos_name else 0
                 copied.extend((address + i, self.size + i) for i in range(space.shape[0]))
             self.size += int(np.prod(space.shape))
@@ -71,7 +71,7 @@ class Sensors:
         self._angle_from, self._angle_to = np.array(angles, dtype=np.intp).reshape(-1, 2).T
 
     def read_into(self, flat: np.ndarray) -> None:
-        """:param flat: The observation, of shape (n,), whose first :attr:`size` numbers are set."""
+        """:param flat: The observation of shape (n,). The first :attr:`size` numbers are set."""
         flat[self._copy_to] = self._values[self._copy_from]
         if len(self._angle_from) > 0:
             angles = self._values[self._angle_from]
@@ -83,10 +83,10 @@ class Sensors:
 
 class Lidars:
     """
-    Reads the lidars of all kinds of object into a flat observation.
+    Writes the lidar values of all kinds of object to a flat observation.
 
-    :param task: The task, its world built.
-    :param start: Where in the observation the first lidar begins.
+    :param task: The task. Its world is already built.
+    :param start: The index of the first lidar value in the observation.
     """
 
     def __init__(self, task: Any, start: int) -> None:
@@ -108,12 +108,12 @@ class Lidars:
         self._on_floor = np.zeros((len(bodies), 1, 3))
 
     def read_into(self, flat: np.ndarray) -> None:
-        """:param flat: The observation, of shape (n,), zero where the lidars go."""
+        """:param flat: The observation of shape (n,). The lidar values have to be zero before."""
         if len(self._bodies) == 0:
             return
         rotation = self._data.xmat[self._agent].reshape(3, 3)
         self._on_floor[:, 0, :2] = self._data.xpos[self._bodies, :2]
-        # A stack of (1, 3) by (3, 3) products goes through the same routine as single ones; (n, 3) by (3, 3) does not.
+        # NumPy uses the same routine for stacked (1, 3) by (3, 3) products as for single ones, but not for (n, 3) by (3, 3).
         seen = np.matmul(self._on_floor - self._data.xpos[self._agent], rotation)[:, 0, :]
         distances = np.abs(seen[:, 0] + 1j * seen[:, 1]).tolist()
         angles = (np.arctan2(seen[:, 1], seen[:, 0]) % (np.pi * 2)).tolist()
@@ -122,7 +122,7 @@ class Lidars:
             index = int(angle / bin_size)
             share = (angle - bin_size * index) / bin_size
             closeness = max(0, self._max_dist - distance) / self._max_dist
-            # Neighbouring bins show a part of the reading, so that it moves on without a jump.
+            # Neighbouring bins get a share of the reading, so that it changes without jumps.
             for position, value in (
                 (start + index, closeness),
                 (start + (index + 1) % self._bins, share * closeness),
@@ -134,9 +134,9 @@ class Lidars:
 
 class Costs:
     """
-    The costs of a task's objects, as the package counts them.
+    Computes the costs of a task's objects with the rules of the package.
 
-    :param task: The task, its world built.
+    :param task: The task. Its world is already built.
     """
 
     def __init__(self, task: Any) -> None:
@@ -155,12 +155,12 @@ class Costs:
         self._jacobian = np.zeros((3, task.model.nv))
 
     def touched(self) -> list[tuple[str, str]]:
-        """:return: The names of the two geoms of each contact that the agent takes part in."""
+        """:return: The names of the two geoms for each contact of the agent."""
         is_agent, names = self._is_agent, self.geom_names
         return [(names[a], names[b]) for a, b in self._data.contact.geom.tolist() if is_agent[a] or is_agent[b]]
 
     def of_step(self) -> dict[str, Any]:
-        """:return: The cost of each kind of object by the package's names, and their sum as ``cost_sum``."""
+        """:return: The cost of each kind of object with the package's keys, and their sum as ``cost_sum``."""
         touched = self.touched()
         costs: dict[str, Any] = {}
         for obstacle in self._obstacles:
@@ -205,14 +205,18 @@ class Costs:
 
 
 def count(pairs: list[tuple[str, str]], kind: str) -> int:
-    """:param pairs: Names of geoms in contact. :param kind: How a name begins. :return: How many pairs have such a name."""
+    """
+    :param pairs: The names of two geoms for each contact.
+    :param kind: The beginning of the names to count.
+    :return: The number of contacts in which one of the names begins with ``kind``.
+    """
     return sum(a.startswith(kind) or b.startswith(kind) for a, b in pairs)
 
 
 def moved_through_ids(gremlins: Any) -> Any:
     """
-    :param gremlins: The task's gremlins, their world built.
-    :return: A function that moves them along their circles, in place of their method ``move``.
+    :param gremlins: The task's gremlins. Their world is already built.
+    :return: A function that moves them along their circles. It replaces their method ``move``.
     """
     data, model = gremlins.engine.data, gremlins.engine.model
     ids = [int(model.body_mocapid[model.body(f"gremlin{i}mocap").id]) for i in range(gremlins.num)]
@@ -227,7 +231,7 @@ def moved_through_ids(gremlins: Any) -> Any:
 
 
 class FastMixin:
-    """Goes before a task class of the package among the bases, and answers for it through indices."""
+    """Mixin for a task class of the package. It reads by index where the task class looks up names."""
 
     def _build(self) -> None:
         task: Any = self
@@ -244,7 +248,7 @@ class FastMixin:
         task: Any = self
         if mode in task._viewers:
             return super()._get_viewer(mode)  # type: ignore[misc]
-        # A viewer takes the pictures of a model to the graphics card when it is made, and keeps them there.
+        # A new viewer copies the textures of its model to the graphics card and keeps them there.
         engine, model = task.world.engine, task.model
         engine.model = model_with_sky(task.world)
         try:
@@ -255,7 +259,7 @@ class FastMixin:
         return viewer
 
     def calculate_cost(self) -> dict[str, Any]:
-        """:return: The costs of this step by name, before they are made indicators."""
+        """:return: The costs of this step by key, before the package turns them into indicators."""
         task: Any = self
         mujoco.mj_forward(task.model, task.data)
         return self._costs.of_step()
@@ -263,7 +267,7 @@ class FastMixin:
     def obs(self) -> np.ndarray:
         """
         :return: The observation, of the shape and type of the task's observation space.
-        :raises ValueError: If it isn't in that space, which is how a simulation that has blown up shows.
+        :raises ValueError: If the observation is not in the space, which means that the simulation has become unstable.
         """
         task: Any = self
         mujoco.mj_forward(task.model, task.data)
@@ -277,10 +281,10 @@ class FastMixin:
 
 
 class FastButtonMixin(FastMixin):
-    """What the Button tasks have beyond that: a target that is pressed, and a time after it when buttons are not seen."""
+    """Mixin for the Button tasks: the agent presses a target, and for a while after that it does not see the buttons."""
 
     def obs(self) -> np.ndarray:
-        """:return: As above, where the buttons' lidar reads zero for a while after the target was pressed."""
+        """:return: The observation. The lidar of the buttons is zero for a while after the target was pressed."""
         task: Any = self
         flat = super().obs()
         if task.buttons.timer != 0:

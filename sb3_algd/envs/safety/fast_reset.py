@@ -1,8 +1,8 @@
-"""Makes a reset of Safety-Gymnasium's navigation tasks many times faster, with the same results bit for bit.
+"""Faster resets for Safety-Gymnasium's navigation tasks, with bit-identical results.
 
-Nearly all of a reset goes into decoding the pictures of a night sky, 190 MB, for the new model. It is the same sky every
-time, and nothing but a picture depends on it: the simulated model does without, and what draws gets it once. Most of the
-rest goes into finding a layout by trial, for which distances in plain floats are quicker.
+A reset spends most of its time on decoding 190 MB of sky textures for the new model. The sky never changes and only
+matters for rendering. So the simulated model has no sky, and a viewer gets the textures once. Most of the remaining time
+is spent on sampling a layout, where distances in plain floats are faster.
 """
 
 import math
@@ -17,7 +17,7 @@ from safety_gymnasium import world
 
 
 class AssetsFile:
-    """Stands for the module ``yaml`` in the package's module ``world``, which parses its file of pictures at every reset."""
+    """Replaces ``yaml`` in the package's module ``world``, which would otherwise parse the assets file in every reset."""
 
     FullLoader = yaml.FullLoader
 
@@ -27,9 +27,9 @@ class AssetsFile:
 
     def load(self, file: Any, Loader: Any) -> dict[str, Any]:
         """
-        :param file: The opened file, read the first time only.
-        :param Loader: How to read it.
-        :return: What is in the file, the sky a few grey pixels.
+        :param file: The open assets file. Only the first call reads it.
+        :param Loader: The YAML loader.
+        :return: The content of the file, with a few grey pixels as sky.
         """
         if not self._without_sky:
             self._without_sky = yaml.load(file, Loader=Loader)
@@ -44,7 +44,7 @@ ASSETS = AssetsFile()
 
 @contextmanager
 def without_sky() -> Iterator[None]:
-    """Let the package build its worlds without the sky."""
+    """Within this context the package builds worlds without the sky."""
     original, world.yaml = world.yaml, ASSETS
     try:
         yield
@@ -55,7 +55,7 @@ def without_sky() -> Iterator[None]:
 def model_with_sky(built: Any) -> Any:
     """
     :param built: The package's world, built :func:`without_sky`.
-    :return: A model of the same world with the sky, to be drawn in the same size.
+    :return: A model of the same world with the sky, for rendering in the same size.
     """
     root = built.xml["mujoco"]
     textures = [ASSETS.sky if texture["@type"] == "skybox" else texture for texture in root["asset"]["texture"]]
@@ -68,10 +68,10 @@ def model_with_sky(built: Any) -> Any:
 
 def sample_layout(generator: Any) -> bool:
     """
-    Draw a place for every object, as the package's method of that name does.
+    Draw a position for every object, like the package's method of the same name.
 
-    :param generator: The task's random generator, whose ``layout`` is set.
-    :return: Whether places were found that keep all objects apart.
+    :param generator: The task's random generator. Its ``layout`` is set.
+    :return: Whether a layout was found in which all objects keep their distances.
     """
     margin = generator.placements_margin
     layout: dict[str, np.ndarray] = {}
@@ -92,7 +92,13 @@ def sample_layout(generator: Any) -> bool:
 
 def distance_between(x: float, y: float, other_x: float, other_y: float) -> float:
     """
-    :return: The distance of two points, rounded as NumPy does for ``sqrt(sum(square(...)))``, which `math.hypot` is not.
+    The distance of two points, rounded like NumPy's ``sqrt(sum(square(...)))``. ``math.hypot`` rounds differently.
+
+    :param x: The x coordinate of the first point.
+    :param y: The y coordinate of the first point.
+    :param other_x: The x coordinate of the second point.
+    :param other_y: The y coordinate of the second point.
+    :return: The distance.
     """
     dx, dy = x - other_x, y - other_y
     return math.sqrt(dx * dx + dy * dy)

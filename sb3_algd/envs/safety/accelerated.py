@@ -1,7 +1,7 @@
-"""The accelerated tasks of CVPO (appendix B.2), on which CAL and ALGD report results, as changes to Safety-Gymnasium's.
+"""The accelerated tasks of CVPO (appendix B.2), defined as changes to Safety-Gymnasium tasks. CAL and ALGD report on them.
 
-Longer physics steps, a fixed layout and short episodes make them quick to learn; a result on one of them cannot be
-compared with a result on the Safety-Gymnasium task of the same name.
+They are quick to learn because of longer physics steps, a fixed layout and short episodes. Their results cannot be
+compared with results on the Safety-Gymnasium tasks of the same names.
 """
 
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from sb3_algd.envs.navigation import NavigationEnv
+from sb3_algd.envs.safety.navigation import NavigationEnv
 
 TIMESTEP = {"Point": 0.006, "Car": 0.01}
-"""The physics timestep of each agent, s; Safety-Gymnasium has 0.002 and 0.004."""
+"""The physics timestep of each agent in s. Safety-Gymnasium has 0.002 and 0.004."""
 EPISODE_STEPS = 400
 
 
 @dataclass(frozen=True)
 class AcceleratedTask:
     """
-    What is changed on a Safety-Gymnasium task.
+    The changes to a Safety-Gymnasium task.
 
-    :param base: The task that is changed, as in ``Safety<agent><base>-v0``.
-    :param objects: For each kind of object, by the name of its attribute, the attributes that are set on it. All that
-        could be inherited from a class in between is given, not only what differs.
-    :param absent: The kinds of object of the base task that are taken away.
-    :param extents: (x_min, y_min, x_max, y_max) in which objects are placed, m.
+    :param base: The task to change, as in ``Safety<agent><base>-v0``.
+    :param objects: The attributes to set on each kind of object, by the name of the object's attribute in the task. The
+        list is complete: it includes values that happen to equal those of the base task.
+    :param absent: The kinds of object of the base task to remove.
+    :param extents: (x_min, y_min, x_max, y_max) of the area of the objects in m.
     """
 
     base: str
@@ -36,9 +36,9 @@ class AcceleratedTask:
 
 def at(*positions: tuple[float, float], **attributes: Any) -> dict[str, Any]:
     """
-    :param positions: (x, y) of each object, m.
-    :param attributes: What else to set on that kind of object.
-    :return: All of it as attributes.
+    :param positions: (x, y) of each object in m.
+    :param attributes: Other attributes of that kind of object.
+    :return: All attributes.
     """
     return {"num": len(positions), "locations": list(positions), **attributes}
 
@@ -80,17 +80,17 @@ TASKS = {
 }
 
 
-# The orders in which the original Safety Gym draws the places and the rotations.
+# The original Safety Gym draws positions and rotations in these orders.
 LAYOUT_ORDER = ("agent", "goal", "push_box", "buttons", "hazards", "pillars", "gremlins")
 ROTATION_ORDER = ("gremlins", "push_box", "goal", "hazards", "pillars", "buttons")
 
 
 class AcceleratedMixin:
     """
-    What an accelerated task does otherwise than the Safety-Gymnasium task that it is mixed into.
+    Mixin that turns a Safety-Gymnasium task class into an accelerated one.
 
-    Objects are placed and turned in the order of the original Safety Gym, so that the fixed seed gives its start pose.
-    There, the target of a Button task is one of the buttons and no object of its own: it takes no part in the draws.
+    Positions and rotations are drawn in the order of the original Safety Gym, so that the fixed seed gives its start pose.
+    In Safety Gym, the target of a Button task is one of the buttons, not an object of its own. Nothing is drawn for it.
     """
 
     changes: AcceleratedTask
@@ -111,8 +111,8 @@ class AcceleratedMixin:
 
     def _drawn(self, names: tuple[str, ...]) -> list[str]:
         """
-        :param names: Names of kinds of object, in an order.
-        :return: Those of them, in that order, that this task draws places or rotations for.
+        :param names: Names of kinds of object.
+        :return: The names for which this task draws positions or rotations, in the same order.
         """
         task: Any = self
         present = {"agent", *task._geoms, *task._free_geoms, *task._mocaps}
@@ -134,17 +134,17 @@ class AcceleratedMixin:
             name: [generator.random_rot() for _ in range(getattr(getattr(task, name), "num", 1))]
             for name in self._drawn(ROTATION_ORDER)
         }
-        # The package asks for them object by object, in an order of its own.
+        # The package requests them object by object in its own order.
         in_its_order = iter([rotations.get(obstacle.name, [0.0]) for obstacle in task._obstacles])
         generator.generate_rots = lambda num: next(in_its_order)
-        # A Button task's target marker starts anywhere: it is moved onto its button before anything looks at it.
+        # The start position of a Button task's target marker is arbitrary: the marker is moved to its button before use.
         layout.setdefault("goal", np.zeros(2))
         config: dict[str, Any] = super()._build_world_config(layout)  # type: ignore[misc]
         return config
 
     def _build(self) -> None:
         super()._build()  # type: ignore[misc]
-        # The model is a new one, with the timestep of the agent's file.
+        # The new model has the timestep of the agent's file.
         task: Any = self
         task.model.opt.timestep = self.timestep
 
@@ -156,7 +156,7 @@ class AcceleratedEnv(NavigationEnv):
     :param task: A key of :data:`TASKS`.
     :param agent: A key of :data:`TIMESTEP`.
     :param cost_limit: The limit on the sum of an episode's costs.
-    :param render_options: As in :class:`sb3_algd.envs.navigation.NavigationEnv`.
+    :param render_options: As in :class:`sb3_algd.envs.safety.navigation.NavigationEnv`.
     """
 
     def __init__(self, task: str, agent: str, cost_limit: float, **render_options: Any) -> None:

@@ -1,10 +1,10 @@
-"""Safety-Gymnasium's velocity tasks: a MuJoCo walker that should run, but not faster than a threshold."""
+"""Safety-Gymnasium's velocity tasks: a MuJoCo walker should run, but not faster than a threshold."""
 
 import importlib
 from typing import Any
 
-from sb3_algd.envs.rendering import METADATA, choose_backend, make_current, release
-from sb3_algd.envs.safety_gymnasium import is_adapted, load
+from sb3_algd.envs.safety.adapter import is_adapted, load
+from sb3_algd.envs.safety.rendering import METADATA, choose_backend, make_current, release
 from sb3_algd.envs.wrappers import SixTupleEnv
 
 MODULES = {
@@ -19,11 +19,11 @@ MODULES = {
 
 class VelocityEnv(SixTupleEnv):
     """
-    A velocity task, version 1; it costs 1 in each step that is faster than the walker's threshold.
+    A velocity task, version 1. Each step above the speed threshold of the walker costs 1.
 
     :param walker: A key of :data:`MODULES`.
     :param cost_limit: The limit on the sum of an episode's costs.
-    :param options: What the MuJoCo environment takes: ``render_mode``, ``width``, ``height``, ``camera_name``, ...
+    :param options: Arguments of the MuJoCo environment: ``render_mode``, ``width``, ``height``, ``camera_name``, ...
     """
 
     metadata = METADATA
@@ -38,16 +38,16 @@ class VelocityEnv(SixTupleEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """
-        :param seed: Decides the noise on the start pose.
-        :param options: Unused.
+        :param seed: The seed of the noise on the start pose.
+        :param options: Not used.
         :return: The first observation, of shape (n,), and the walker's info.
         """
         obs, info = super().reset(seed=seed, options=options)
         if is_adapted():
             import mujoco
 
-            # The noise takes a torso's quaternion off unit length. MuJoCo 2 normalised it in place as soon as it looked at
-            # it, so that it was observed so; MuJoCo 3 leaves it alone until the first step.
+            # With the noise, the torso's quaternion does not have unit length. MuJoCo 2 normalised it in place before the
+            # first observation. MuJoCo 3 only does so in the first step.
             mujoco.mj_normalizeQuat(self.walker.model, self.walker.data.qpos)
             obs = self.walker._get_obs()
         return obs, info
@@ -58,6 +58,6 @@ class VelocityEnv(SixTupleEnv):
         return super().render()
 
     def close(self) -> None:
-        """Close the drawing contexts that rendering opened."""
+        """Close the rendering contexts."""
         release(self.walker.mujoco_renderer._viewers.values())
         super().close()

@@ -5,8 +5,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_algd.envs.rendering import METADATA, choose_backend, make_current, release
-from sb3_algd.envs.safety_gymnasium import is_adapted, load
+from sb3_algd.envs.safety.adapter import is_adapted, load
+from sb3_algd.envs.safety.rendering import METADATA, choose_backend, make_current, release
 from sb3_algd.envs.wrappers import SixTupleEnv
 
 
@@ -14,12 +14,12 @@ class NavigationEnv(SixTupleEnv):
     """
     A navigation task of Safety-Gymnasium.
 
-    :param task_id: Its id there, which names the agent and the task.
+    :param task_id: The id of the task in Safety-Gymnasium, which includes the agent.
     :param agent: ``"Point"``, ``"Car"``, ``"Doggo"``, ``"Racecar"`` or ``"Ant"``.
     :param cost_limit: The limit on the sum of an episode's costs.
     :param render_mode: ``"rgb_array"``, ``"depth_array"`` or None.
-    :param render_options: ``width``, ``height`` in pixels, ``camera_name`` (``"vision"`` from the agent, ``"track"`` behind
-        it, ``"fixednear"``, ``"fixedfar"``) or ``camera_id``.
+    :param render_options: ``width`` and ``height`` in pixels, and ``camera_name`` (``"vision"`` from the agent, ``"track"``
+        behind it, ``"fixednear"``, ``"fixedfar"``) or ``camera_id``.
     """
 
     metadata = METADATA
@@ -36,14 +36,14 @@ class NavigationEnv(SixTupleEnv):
         task_class = self._task_class(getattr(tasks, get_task_class_name(task_id)))
 
         class TaskBuilder(Builder):
-            """The package's builder, building a task of that class."""
+            """The package's builder with our task class."""
 
             def _get_task(self) -> Any:
                 task = task_class(config=self.config)
                 task.build_observation_space()
                 return task
 
-        # The package gives Gymnasium's Box single precision bounds and double precision as type, which NumPy remarks on.
+        # The package creates a float64 Box with float32 bounds, for which NumPy warns about an overflow.
         with np.errstate(over="ignore"):
             builder = TaskBuilder(task_id, config={"agent_name": agent}, render_mode=render_mode, **render_options)
         super().__init__(builder, cost_limit)
@@ -52,31 +52,31 @@ class NavigationEnv(SixTupleEnv):
 
     def _task_class(self, task_class: type) -> type:
         """
-        :param task_class: The package's class of this task.
-        :return: The class to build instead.
+        :param task_class: The package's class of the task.
+        :return: The class to use instead.
         """
         if not is_adapted():
             return task_class
-        from sb3_algd.envs.fast import fast_task_class
+        from sb3_algd.envs.safety.fast_step import fast_task_class
 
         return fast_task_class(task_class)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """
-        :param seed: Decides the layout and, with later calls that give none, the next layouts. A task with a fixed
-            layout takes it too, and starts the same whatever it is.
-        :param options: Unused.
+        :param seed: The seed of the layout, and of the next layouts if later calls give no seed. It has no effect on a task
+            with a fixed layout.
+        :param options: Not used.
         :return: The first observation, of shape (n,), and an empty info.
         """
         gym.Env.reset(self, seed=seed)
-        # The package refuses a seed for a fixed layout, which it seeds by itself.
+        # The package refuses a seed if the layout is fixed.
         return super().reset(seed=seed if self.task.mechanism_conf.randomize_layout else None, options=options)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """
         :param action: Of shape (n_actuators,).
-        :return: As in :class:`sb3_algd.envs.wrappers.SixTupleEnv`; ``info["goal_met"]`` tells whether this step reached
-            the target, and ``info["cost_hazards"]`` and the like which kinds of object cost something.
+        :return: As in :class:`sb3_algd.envs.wrappers.SixTupleEnv`. ``info["goal_met"]`` says whether this step reached the
+            target. ``info["cost_hazards"]`` and similar keys are the costs of each kind of object.
         """
         obs, reward, terminated, truncated, info = super().step(action)
         info.setdefault("goal_met", False)
@@ -88,7 +88,7 @@ class NavigationEnv(SixTupleEnv):
         return super().render()
 
     def close(self) -> None:
-        """Close the drawing contexts that rendering opened."""
+        """Close the rendering contexts."""
         release(self.task._viewers.values())
         for viewer in self.task._viewers.values():
             viewer.close()

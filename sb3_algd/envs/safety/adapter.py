@@ -1,25 +1,25 @@
-"""Makes the released safety-gymnasium 1.0.0 work beside today's Gymnasium, MuJoCo and NumPy.
+"""Adapter for safety-gymnasium 1.0.0, which does not work with current versions of Gymnasium, MuJoCo and NumPy.
 
-Its pins fit no current package, so it is installed with ``pip install --no-deps``, and then does not import as it is.
-Its files stay untouched; :func:`load` sets from outside what has to differ, once per process:
+The release pins old versions, so it is installed with ``pip install --no-deps`` and then fails to import. :func:`load`
+patches it at run time, once per process. The files of the package are not changed:
 
 ===============================================  ======================================================================
-what fails                                       what is done about it
+problem                                          patch
 ===============================================  ======================================================================
-the package's ``__init__`` imports vector        the package goes into ``sys.modules`` without its ``__init__`` having
-environments and wrappers built on modules       run; none of what fails is needed, and the other sub-modules import
-that Gymnasium 1.x removed                       as usual
+the package's ``__init__`` imports vector        the package is put into ``sys.modules`` without running its
+environments and wrappers that use modules       ``__init__``; the failing parts are not needed, and the other
+removed in Gymnasium 1.x                         sub-modules import as usual
 arrays as defaults in dataclasses, refused       the arrays of the colour table become hashable
 by Python >= 3.11
-``model.jnt(array([3]))``, refused by            while an agent looks up its joint sensors it sees a model that takes
-MuJoCo >= 3                                      such an index
-``float(array([0.5]))``, refused by              the agents' module gets a ``float`` that takes such an array
+``model.jnt(array([3]))``, refused by            an agent looks up its joint sensors in a proxy of the model that
+MuJoCo >= 3                                      accepts such an index
+``float(array([0.5]))``, refused by              the agents' module gets a ``float`` that accepts such an array
 NumPy >= 2.4
-a viewer without width and height, refused       the viewer is given the size that the model was just told to render
+a viewer without width and height, refused       the viewer gets the size set in the model
 by Gymnasium 1.x
 ===============================================  ======================================================================
 
-A ``safety_gymnasium`` that imports by itself, a later release or the pinned stack, is used exactly as it is.
+A ``safety_gymnasium`` that imports without help, such as a later release or the pinned stack, is used without changes.
 """
 
 import importlib
@@ -36,7 +36,7 @@ INSTALL_COMMAND = 'pip install "sb3_algd[safety]" && pip install --no-deps safet
 
 
 class HashableArray(np.ndarray):
-    """An array that a dataclass takes as a default value, since it can be hashed."""
+    """A hashable array. Dataclasses refuse default values that cannot be hashed."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(self.tobytes())
@@ -44,9 +44,9 @@ class HashableArray(np.ndarray):
 
 class ScalarIndexModel:
     """
-    A MuJoCo model in which a joint is also found by an index in an array of one element.
+    A proxy of a MuJoCo model whose ``jnt`` also accepts an array of one element as index.
 
-    :param model: The ``mujoco.MjModel`` that everything is read from.
+    :param model: The ``mujoco.MjModel``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -57,8 +57,8 @@ class ScalarIndexModel:
 
     def jnt(self, index: Any) -> Any:
         """
-        :param index: The joint's number, as an int or an array of one element.
-        :return: The joint's named view.
+        :param index: The index of the joint, an int or an array of one element.
+        :return: The named view of the joint.
         """
         return self._model.jnt(int(scalar(index)))
 
@@ -66,17 +66,17 @@ class ScalarIndexModel:
 def scalar(value: Any) -> float:
     """
     :param value: A number, or an array of one element of any shape.
-    :return: The same as a Python number.
+    :return: The value as a Python number.
     """
     return np.asarray(value).item()
 
 
 def load() -> ModuleType:
     """
-    Make ``safety_gymnasium`` importable; after the first call this costs nothing.
+    Make ``safety_gymnasium`` importable. Later calls return the same module.
 
-    :return: The package. Where :func:`is_adapted` is true its ``__init__`` has not run: only its sub-modules are of use.
-    :raises ImportError: If the package, or one that it needs, is missing; the message names the install command.
+    :return: The package. If :func:`is_adapted`, its ``__init__`` has not run, and only its sub-modules can be used.
+    :raises ImportError: If the package or one of its dependencies is missing. The message has the install command.
     """
     if PACKAGE in sys.modules:
         return sys.modules[PACKAGE]
@@ -84,7 +84,7 @@ def load() -> ModuleType:
         raise ImportError(f"This environment needs the package safety-gymnasium, which is not installed: {INSTALL_COMMAND}")
     try:
         return import_genuine()
-    except Exception:  # noqa: BLE001  Whatever goes wrong in there, it means that the package needs the adapter.
+    except Exception:  # noqa: BLE001  Any failure of the import means that the package needs the adapter.
         forget()
     try:
         return import_adapted()
@@ -96,32 +96,33 @@ def load() -> ModuleType:
 
 
 def is_adapted() -> bool:
-    """:return: Whether the package that is loaded is 1.0.0 made to work by this module, not one that works by itself."""
+    """:return: Whether the loaded package was patched by this module."""
     return getattr(sys.modules.get(PACKAGE), "adapted_by", None) == __name__
 
 
 def import_genuine() -> ModuleType:
     """
-    Import the package as its authors meant it.
+    Import the package without patches.
 
     :return: The package.
     """
     ours = dict(gym.registry)
     package = importlib.import_module(PACKAGE)
-    # It registers its own environments, whose `step` Gymnasium cannot use, under the ids that were being made just now.
+    # The import registers the package's own environments under our ids. Their `step` returns six values, which Gymnasium
+    # cannot use, and `gymnasium.make` is in the middle of making one of ours.
     gym.registry.update(ours)
     return package
 
 
 def forget() -> None:
-    """Remove what a failed import left behind, so that the next attempt starts from nothing."""
+    """Remove the modules of a failed import, so that the next attempt starts from scratch."""
     for name in [name for name in sys.modules if name == PACKAGE or name.startswith(PACKAGE + ".")]:
         del sys.modules[name]
 
 
 def import_adapted() -> ModuleType:
     """
-    Import the package without its ``__init__`` and with the repairs listed above.
+    Import the package without its ``__init__`` and with the patches listed above.
 
     :return: The package.
     """
@@ -140,7 +141,11 @@ def import_adapted() -> ModuleType:
 
 
 def repair_agents(base_agent: Any) -> None:
-    """:param base_agent: The package's module of that name."""
+    """
+    Let agents read arrays of one element as numbers.
+
+    :param base_agent: The package's module ``base_agent``.
+    """
     base_agent.float = scalar
     look_up_sensors = base_agent.BaseAgent._init_jnt_sensors
 
@@ -154,7 +159,11 @@ def repair_agents(base_agent: Any) -> None:
 
 
 def repair_viewer(underlying: Any) -> None:
-    """:param underlying: The package's module of that name."""
+    """
+    Give every viewer a width and height.
+
+    :param underlying: The package's module ``underlying``.
+    """
     viewer_class = underlying.OffScreenViewer
 
     def sized_viewer(model: Any, data: Any) -> Any:

@@ -1,0 +1,1 @@
+"""The environments that need MuJoCo or safety-gymnasium. Neither is imported before one of them is made."""
