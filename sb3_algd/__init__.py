@@ -1,4 +1,4 @@
-"""Safe off-policy reinforcement learning for Stable-Baselines3: ALGD (Augmented Lagrangian-Guided Diffusion) and SAC-Lagrangian."""
+"""Safe off-policy RL for Stable-Baselines3: ALGD (Augmented Lagrangian-Guided Diffusion) and SAC-Lagrangian."""
 
 import sys
 
@@ -34,7 +34,7 @@ __all__ = [
 
 # Where the models and replay buffers that version 0.1.0 has saved look for their classes
 sys.modules.update(
-    {"sb3_algd.policies": _policies, "sb3_algd.buffers": _buffers, "sb3_algd.constraint": _legacy}  # type: ignore[dict-item]
+    {"sb3_algd.policies": _policies, "sb3_algd.buffers": _buffers, "sb3_algd.constraint": _legacy}
 )
 
 register_envs()

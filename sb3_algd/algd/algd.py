@@ -78,7 +78,8 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     :param cost_key: Key of ``info`` that holds a step's cost (a number or one per constraint), or a function of ``info``
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian
     :param multiplier_kwargs: Arguments of :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value`` (0.6931, one
-        number or one per constraint), ``learning_rate`` (1e-4, or a schedule), ``max_value`` (100), ``space`` (``"projected"``)
+        number or one per constraint), ``learning_rate`` (1e-4, or a schedule), ``max_value`` (100),
+        ``space`` (``"projected"``)
     :param multiplier_signal: What the multipliers are updated from: the costs of each environment's last 5 training episodes
         (``"episodes"``), the risk of the replay buffer's actions (``"buffer"``, the paper's), or the risk of the current
         policy's actions in the same states (``"policy"``). The last two are estimates of the cost critics.
@@ -99,7 +100,6 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         losses and optimizers stay in single precision). For its effect on speed and learning see docs/performance.md
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
-
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "DiffusionPolicy": DiffusionPolicy,

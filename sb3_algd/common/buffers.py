@@ -95,8 +95,8 @@ class CostStorage(ReplayBuffer):
         """
         if type(self) is not type(other) or self.n_constraints != other.n_constraints:
             raise ValueError(
-                f"The replay buffer is a {type(self).__name__} with {self.n_constraints} cost(s) per step, but the model has a "
-                f"{type(other).__name__} with {other.n_constraints}: load one that was saved by a model with the same "
+                f"The replay buffer is a {type(self).__name__} with {self.n_constraints} cost(s) per step, but the model "
+                f"has a {type(other).__name__} with {other.n_constraints}: load one that was saved by a model with the same "
                 "n_steps, replay_buffer_class and number of constraints."
             )
         for name in self.model_settings:

@@ -89,8 +89,8 @@ class CostEvalCallback(EvalCallback):
         super()._init_callback()
         if not hasattr(self.model, "cost_limit"):
             raise ValueError(
-                f"CostEvalCallback needs a model with cost limits, as ALGD and SACLag have; {type(self.model).__name__} has none: "
-                "use EvalCallback."
+                "CostEvalCallback needs a model with cost limits, as ALGD and SACLag have; "
+                f"{type(self.model).__name__} has none: use EvalCallback."
             )
 
     def _on_step(self) -> bool:

@@ -15,22 +15,36 @@ A checkpoint is a folder::
 Like every file that Stable-Baselines3 loads, these contain pickled objects: open only those that you trust.
 """
 
-import io
 import json
 import os
 import pickle
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
 from sb3_algd.common.buffers import CostStorage
+from sb3_algd.common.checkpoint_state import (
+    as_list,
+    buffer_rows,
+    buffer_state,
+    callbacks_in,
+    load_buffer,
+    original_observation,
+    plain_attributes,
+    plain_values,
+    restart_episodes,
+    same_observation,
+    saved_model,
+    sync_folder,
+    write_durably,
+)
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.guards import all_finite, warn_user
 from sb3_algd.common.random_state import get_random_state, set_random_state
@@ -45,7 +59,7 @@ class ResumableCheckpointCallback(BaseCallback):
     Store checkpoints for :func:`resume`: the newest one in ``save_path``, which replaces the one before.
 
     A kill at any moment, also while a checkpoint is being stored, leaves a complete one behind. Episodes that run when a
-    checkpoint is stored end there (see :mod:`sb3_algd.common.checkpoint`), so make ``save_freq`` many times the length of an episode.
+    checkpoint is stored end there (see the module), so make ``save_freq`` many times the length of an episode.
     Other callbacks are told of it by a call of their method ``episodes_restarted()``, if they have one.
 
     :param save_freq: Environment steps, of all environments together, between two checkpoints. One more is stored at the end
@@ -54,7 +68,7 @@ class ResumableCheckpointCallback(BaseCallback):
     :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint was stored
     """
 
-    model: ALGD
+    model: ConstrainedOffPolicyAlgorithm
 
     def __init__(self, save_freq: int, save_path: str | Path, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -73,9 +87,9 @@ class ResumableCheckpointCallback(BaseCallback):
         self._kept_states: dict[str, dict[str, Any]] = {}
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model, ALGD):
+        if not isinstance(self.model, ConstrainedOffPolicyAlgorithm):
             raise ValueError(
-                f"{type(self).__name__} stores ALGD only; use Stable-Baselines3's CheckpointCallback for "
+                f"{type(self).__name__} stores the algorithms of sb3_algd only; use Stable-Baselines3's CheckpointCallback for "
                 f"{type(self.model).__name__}."
             )
         self.save_path.mkdir(parents=True, exist_ok=True)
@@ -97,7 +111,7 @@ class ResumableCheckpointCallback(BaseCallback):
             self._started = True
             # Now, because others prepare themselves when training starts
             for name, callback in self._others().items():
-                self._initial_states.setdefault(name, _plain_attributes(callback))
+                self._initial_states.setdefault(name, plain_attributes(callback))
             if self._pending is not None:
                 self._finish_resuming(self._pending)
                 self._pending = None
@@ -133,13 +147,14 @@ class ResumableCheckpointCallback(BaseCallback):
             if hasattr(callback, "episodes_restarted"):
                 callback.episodes_restarted()
         state = {
+            "model_class": type(self.model),
             "seed": seed,
-            "observation": _original_observation(model),
+            "observation": original_observation(model),
             "last_obs": model._last_obs,
             "vec_normalize": None if model._vec_normalize_env is None else model._vec_normalize_env.__getstate__(),
-            "buffer": _buffer_state(model.replay_buffer),
+            "buffer": buffer_state(model.replay_buffer),
             "callbacks": self._callback_states(),
-            "logger": {name: _plain(getattr(self.logger, name)) for name in _LOGGER_STATE},
+            "logger": {name: plain_values(getattr(self.logger, name)) for name in _LOGGER_STATE},
             "random": get_random_state(model.device),
         }
         number = self._number + 1
@@ -154,11 +169,11 @@ class ResumableCheckpointCallback(BaseCallback):
             "buffer": buffer,
         }
         writers: dict[str, Callable[[IO[bytes]], Any]] = {
-            manifest["model"]: lambda file: file.write(_saved(model)),
+            manifest["model"]: lambda file: file.write(saved_model(model)),
             manifest["state"]: lambda file: pickle.dump(state, file, protocol=5),
         }
         if len(new_rows) > 0:
-            rows = {key: array[new_rows] for key, array in _rows(model.replay_buffer).items()}
+            rows = {key: array[new_rows] for key, array in buffer_rows(model.replay_buffer).items()}
             writers[buffer["files"][-1]["name"]] = lambda file: pickle.dump((new_rows, rows), file, protocol=5)
         self._write(manifest, writers)
         self._number, self._manifest, self._stored_buffer = number, manifest, model.replay_buffer
@@ -191,10 +206,10 @@ class ResumableCheckpointCallback(BaseCallback):
         try:
             for name, writer in writers.items():
                 written.append(self.save_path / name)
-                _write_durably(written[-1], writer)
+                write_durably(written[-1], writer)
             new_manifest = self.save_path / f"{MANIFEST}.new"
             written.append(new_manifest)
-            _write_durably(new_manifest, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+            write_durably(new_manifest, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         except OSError as error:
             for path in written:
                 path.unlink(missing_ok=True)
@@ -204,7 +219,7 @@ class ResumableCheckpointCallback(BaseCallback):
                 f"{self._stays()} Make room, then resume.",
             ) from error
         os.replace(new_manifest, self.save_path / MANIFEST)
-        _sync_folder(self.save_path)
+        sync_folder(self.save_path)
         named = {MANIFEST, manifest["model"], manifest["state"], *(file["name"] for file in manifest["buffer"]["files"])}
         for pattern in ("model_*.zip", "state_*.pkl", "buffer_*.pkl"):
             for path in self.save_path.glob(pattern):
@@ -222,7 +237,7 @@ class ResumableCheckpointCallback(BaseCallback):
         """All other callbacks of this training, by class and order."""
         found: dict[str, BaseCallback] = {}
         counts: Counter[str] = Counter()
-        for callback in _callbacks_in(self.locals["callback"]):
+        for callback in callbacks_in(self.locals["callback"]):
             name = type(callback).__qualname__
             if callback is not self:
                 found[f"{name}_{counts[name]}"] = callback
@@ -234,7 +249,7 @@ class ResumableCheckpointCallback(BaseCallback):
         for name, callback in self._others().items():
             initial = self._initial_states.get(name, {})
             kept = self._kept_states.setdefault(name, {})
-            for key, value in _plain_attributes(callback).items():
+            for key, value in plain_attributes(callback).items():
                 if key in kept or pickle.dumps(value) != pickle.dumps(initial.get(key)):
                     kept[key] = value
         return self._kept_states
@@ -249,7 +264,7 @@ class ResumableCheckpointCallback(BaseCallback):
                 "VecNormalize: wrap it the same way. (The statistics are in the checkpoint.)"
             )
         restart_episodes(model, state["seed"])
-        if _same(_original_observation(model), state["observation"]):
+        if same_observation(original_observation(model), state["observation"]):
             model._last_obs = state["last_obs"]
         else:
             warn_user(
@@ -276,12 +291,12 @@ def resume(
     callback: MaybeCallback = None,
     total_timesteps: int | None = None,
     log_interval: int = 4,
-    tb_log_name: str = "ALGD",
+    tb_log_name: str | None = None,
     progress_bar: bool = False,
     device: th.device | str = "auto",
     custom_objects: dict[str, Any] | None = None,
-    model_class: type[ALGD] = ALGD,
-) -> ALGD:
+    model_class: type[ConstrainedOffPolicyAlgorithm] | None = None,
+) -> ConstrainedOffPolicyAlgorithm:
     """
     Go on with a training that was interrupted, from its last checkpoint to its end.
 
@@ -294,29 +309,35 @@ def resume(
         there is none: further checkpoints are part of what happened without the interruption.
     :param total_timesteps: Number of steps of the whole training. None for what the interrupted ``learn()`` was to reach
     :param log_interval: see ``learn()``
-    :param tb_log_name: see ``learn()``
+    :param tb_log_name: see ``learn()``. None for the name of the algorithm
     :param progress_bar: see ``learn()``
     :param device: Device of the model
     :param custom_objects: see ``load()``
-    :param model_class: Class of the model, if it is a subclass of ALGD
+    :param model_class: Class of the model. None for the class that the interrupted run had
     :return: The trained model
     :raises FileNotFoundError: If there is no checkpoint
+    :raises ValueError: If the number of environments is another one, or the class of the model is not known
     """
     path = Path(path)
     manifest = read_manifest(path)
+    with (path / manifest["state"]).open("rb") as file:
+        state = pickle.load(file)
+    model_class = model_class or state.get("model_class")
+    if model_class is None:
+        raise ValueError(
+            f"The checkpoint in {path} does not say which algorithm it is of: give model_class, ALGD for instance."
+        )
     model = model_class.load(path / manifest["model"], env, device, custom_objects, force_reset=False)
     if model.n_envs != manifest["n_envs"]:
         raise ValueError(f"The interrupted run had {manifest['n_envs']} environment(s), not {model.n_envs}: give as many.")
-    with (path / manifest["state"]).open("rb") as file:
-        state = pickle.load(file)
     assert model.replay_buffer is not None
-    _load_buffer(model.replay_buffer, state["buffer"], [path / file["name"] for file in manifest["buffer"]["files"]])
+    load_buffer(model.replay_buffer, state["buffer"], [path / file["name"] for file in manifest["buffer"]["files"]])
 
-    callbacks = _as_list(callback)
+    callbacks = as_list(callback)
     mine = [
         candidate
         for given in callbacks
-        for candidate in _callbacks_in(given)
+        for candidate in callbacks_in(given)
         if isinstance(candidate, ResumableCheckpointCallback) and candidate.save_path.resolve() == path.resolve()
     ]
     if not mine:
@@ -330,7 +351,7 @@ def resume(
         max(int(total_timesteps) - model.num_timesteps, 0),
         CallbackList(callbacks),
         log_interval,
-        tb_log_name,
+        tb_log_name or model_class.__name__,
         reset_num_timesteps=False,
         progress_bar=progress_bar,
     )
@@ -349,132 +370,3 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"There is no checkpoint in {path}: it is another folder, or the run ended before its first one. "
             "Train from the start."
         ) from error
-
-
-def restart_episodes(model: ALGD, seed: int) -> None:
-    """
-    Start new episodes, in a way that can be repeated.
-
-    :param model: The model, whose environments are reset.
-    :param seed: Seed of environments and of the spaces that actions and observations are drawn from.
-    """
-    env = model.env
-    assert env is not None and model._cost_tracker is not None
-    # Only the spaces of environments in this process are the environments' own, those of others are copies
-    own_spaces = [*env.get_attr("action_space"), *env.get_attr("observation_space")]
-    for offset, space in enumerate([*own_spaces, env.action_space, model.action_space, model.observation_space]):
-        space.seed(seed + offset)
-    env.seed(seed)
-    model._last_obs = env.reset()  # type: ignore[assignment]
-    model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
-    if model._vec_normalize_env is not None:
-        model._last_original_obs = model._vec_normalize_env.get_original_obs()
-    if model.action_noise is not None:
-        model.action_noise.reset()
-    model._cost_tracker.start_episodes(model.n_envs)
-
-
-def _original_observation(model: ALGD) -> Any:
-    """The newest observation, as the environment gave it."""
-    return model._last_obs if model._vec_normalize_env is None else model._vec_normalize_env.get_original_obs()
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-    return np.array_equal(a, b)
-
-
-def _rows(buffer: CostStorage) -> dict[tuple[str, ...], np.ndarray]:
-    """All arrays with one row per stored step, by the names that lead to them."""
-    named: dict[tuple[str, ...], Any] = {(name,): value for name, value in vars(buffer).items()}
-    for name, value in vars(buffer).items():
-        if isinstance(value, dict):
-            named.update({(name, key): item for key, item in value.items()})
-    shape = (buffer.buffer_size, buffer.n_envs)
-    return {path: array for path, array in named.items() if isinstance(array, np.ndarray) and array.shape[:2] == shape}
-
-
-def _buffer_state(buffer: CostStorage) -> dict[str, Any]:
-    """What changes in a buffer beside the rows that are added: counters, and the arrays that change in older rows too."""
-    rows = _rows(buffer)
-    numbers = {
-        name: value
-        for name, value in vars(buffer).items()
-        if isinstance(value, (bool, int, np.ndarray)) and (name,) not in rows
-    }
-    return {"numbers": numbers, "rewritten": {name: rows[(name,)][: buffer.size()] for name in buffer.rewritten_arrays}}
-
-
-def _load_buffer(buffer: CostStorage, state: dict[str, Any], files: list[Path]) -> None:
-    """Fill a new buffer."""
-    arrays = _rows(buffer)
-    for path in files:
-        with path.open("rb") as file:
-            rows, stored = pickle.load(file)
-        for key, array in stored.items():
-            arrays[key][rows] = array
-    vars(buffer).update(state["numbers"])
-    for name, array in state["rewritten"].items():
-        arrays[(name,)][: len(array)] = array
-
-
-def _saved(model: ALGD) -> bytes:
-    """What ``model.save()`` stores. In memory first: PyTorch hides a full disk behind errors of its own."""
-    file = io.BytesIO()
-    model.save(file)
-    return file.getvalue()
-
-
-def _write_durably(path: Path, writer: Callable[[IO[bytes]], Any]) -> None:
-    with path.open("wb") as file:
-        writer(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename survive a power failure, where the system can."""
-    if os.name == "posix":
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _as_list(callback: MaybeCallback) -> list[BaseCallback]:
-    if callback is None:
-        return []
-    if isinstance(callback, list):
-        return list(callback)
-    return [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
-
-
-def _callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """A callback and those inside it; lists of callbacks have nothing to remember."""
-    if not isinstance(callback, CallbackList):
-        yield callback
-    for name, value in vars(callback).items():
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, BaseCallback) and name != "parent":
-                yield from _callbacks_in(child)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is data: numbers, texts, arrays, and collections of these."""
-    if isinstance(value, dict):
-        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, (list, tuple, deque)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, np.generic, np.ndarray))
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The plain ones among some values, copied."""
-    return {name: pickle.loads(pickle.dumps(value)) for name, value in values.items() if _is_plain(value)}
-
-
-def _plain_attributes(callback: BaseCallback) -> dict[str, Any]:
-    # locals and globals belong to the running learn()
-    return _plain({name: value for name, value in vars(callback).items() if name not in ("locals", "globals")})

@@ -77,7 +77,9 @@ def declared_by_env(env: VecEnv, name: str) -> Any:
         return None
     values = env.get_attr(name)
     if any(not np.array_equal(value, values[0]) for value in values[1:]):
-        raise ValueError(f"The environments declare different values of `{name}`: {values}. Give the value to the algorithm instead.")
+        raise ValueError(
+            f"The environments declare different values of `{name}`: {values}. Give the value to the algorithm instead."
+        )
     return values[0]
 
 

@@ -72,7 +72,8 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint.
         0 is SAC-Lagrangian; above 0, SAC is guided by ALGD's augmented Lagrangian
     :param multiplier_kwargs: Arguments of :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value`` (0.6931, one
-        number or one per constraint), ``learning_rate`` (1e-4, or a schedule), ``max_value`` (100), ``space`` (``"projected"``)
+        number or one per constraint), ``learning_rate`` (1e-4, or a schedule), ``max_value`` (100),
+        ``space`` (``"projected"``)
     :param multiplier_signal: What the multipliers are updated from: the costs of each environment's last 5 training episodes
         (``"episodes"``), the risk of the replay buffer's actions (``"buffer"``), or the risk of the current
         policy's actions in the same states (``"policy"``). The last two are estimates of the cost critics.
@@ -84,14 +85,15 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         allow: 0 if there were no negative ones
     :param actor_learning_rate: Learning rate of the actor, ``learning_rate`` if ``None``
     :param cost_critic_learning_rate: Learning rate of the cost critics, ``learning_rate`` if ``None``
-    :param ent_coef: Entropy regularization coefficient. ``"auto"`` to learn it automatically (``"auto_0.1"`` to start from 0.1)
+    :param ent_coef: Entropy regularization coefficient. ``"auto"`` to learn it automatically,
+        ``"auto_0.1"`` to start from 0.1
     :param target_entropy: target entropy when learning ``ent_coef``, ``"auto"`` for minus the number of action dimensions
-    :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts`` instead of uniformly random actions
+    :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts``
+        instead of uniformly random actions
     :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
         losses and optimizers stay in single precision). For its effect on speed and learning see docs/performance.md
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
-
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
