@@ -33,8 +33,6 @@ __all__ = [
 ]
 
 # Where the models and replay buffers that version 0.1.0 has saved look for their classes
-sys.modules.update(
-    {"sb3_algd.policies": _policies, "sb3_algd.buffers": _buffers, "sb3_algd.constraint": _legacy}
-)
+sys.modules.update({"sb3_algd.policies": _policies, "sb3_algd.buffers": _buffers, "sb3_algd.constraint": _legacy})
 
 register_envs()

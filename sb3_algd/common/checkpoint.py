@@ -89,8 +89,8 @@ class ResumableCheckpointCallback(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, ConstrainedOffPolicyAlgorithm):
             raise ValueError(
-                f"{type(self).__name__} stores the algorithms of sb3_algd only; use Stable-Baselines3's CheckpointCallback for "
-                f"{type(self.model).__name__}."
+                f"{type(self).__name__} stores the algorithms of sb3_algd only; use Stable-Baselines3's CheckpointCallback "
+                f"for {type(self.model).__name__}."
             )
         self.save_path.mkdir(parents=True, exist_ok=True)
         self._started = False
@@ -324,9 +324,7 @@ def resume(
         state = pickle.load(file)
     model_class = model_class or state.get("model_class")
     if model_class is None:
-        raise ValueError(
-            f"The checkpoint in {path} does not say which algorithm it is of: give model_class, ALGD for instance."
-        )
+        raise ValueError(f"The checkpoint in {path} does not name its algorithm: give model_class, for instance ALGD.")
     model = model_class.load(path / manifest["model"], env, device, custom_objects, force_reset=False)
     if model.n_envs != manifest["n_envs"]:
         raise ValueError(f"The interrupted run had {manifest['n_envs']} environment(s), not {model.n_envs}: give as many.")

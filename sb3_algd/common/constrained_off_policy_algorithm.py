@@ -29,8 +29,8 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
     """
     Base class of off-policy algorithms that maximise the return subject to limits on the cost of an episode.
 
-    Every algorithm has reward critics, cost critics and Lagrange multipliers, which are updated here. What makes the difference
-    is the actor. A subclass states its arguments and ``policy_aliases``, and defines two methods: :meth:`_next_actions`, with
+    Every algorithm has reward critics, cost critics and Lagrange multipliers, which are updated here. The actor makes the
+    difference. A subclass states its arguments and ``policy_aliases``, and defines two methods: :meth:`_next_actions`, with
     which the critics' targets are made, and :meth:`_actor_loss`. There, :meth:`_energy` gives the augmented Lagrangian of
     actions and its gradient. docs/developing.md shows how to add an algorithm.
 
@@ -241,7 +241,7 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
     def _minimize(loss: th.Tensor, optimizers: list[th.optim.Optimizer]) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -300,7 +300,7 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         return energy.detach(), energy_grad, risk.detach()
 
     def _episode_cost(self) -> th.Tensor | None:
-        """Mean cost of recent episodes on the device, where it drives the multipliers; None if it does not, or none has ended."""
+        """Mean cost of recent episodes, on the device; None if it does not drive the multipliers, or no episode has ended."""
         if self.multiplier_signal != "episodes" or self._cost_tracker is None:
             return None
         cost = self._recent_cost()
