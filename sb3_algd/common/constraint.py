@@ -147,7 +147,8 @@ def declared_constraint(env: VecEnv) -> dict[str, list[Any]]:
     What an environment says of its constraint.
 
     :param env: The vectorized environment.
-    :return: For each argument that it declares the values, flat. Where its environments disagree, the user has said what counts.
+    :return: For each argument that it declares the values, flat. Nothing where the environments disagree: there the user has
+        said what counts.
     """
     found: dict[str, list[Any]] = {}
     for argument, attribute in DECLARED_BY.items():

@@ -69,7 +69,7 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         use_policy_at_warmup: bool,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, sde_support=False, support_multi_env=True, **kwargs)
+        super().__init__(*args, **{"sde_support": False, "support_multi_env": True, **kwargs})
         self.cost_limit = cost_limit
         self.cost_limit_discounted = cost_limit_discounted
         self.episode_length = episode_length
@@ -148,7 +148,7 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         self._compare_constraint(self._settled)
 
     def _recent_cost(self) -> np.ndarray | None:
-        """Mean cost of each environment's last episodes in the budget's unit, shape (n_constraints,); None before one ended."""
+        """Mean cost of each environment's last episodes, in the budget's unit, shape (n_constraints,); None if there is none."""
         cost = None if self._cost_tracker is None else self._cost_tracker.recent_cost(self.cost_limit_discounted)
         return None if cost is None else self._budget_factor * cost
 

@@ -89,8 +89,8 @@ def evaluate_policy(
     SB3's :func:`~stable_baselines3.common.evaluation.evaluate_policy` with the costs of the same episodes.
 
     Actions are stochastic by default, unlike SB3's: the policy whose cost is limited is the stochastic one that acts in
-    training. Deterministic actions are another policy, and may cost more. (In an environment with a fixed start and no randomness
-    all deterministic episodes are alike.)
+    training. Deterministic actions are another policy, and may cost more. (In an environment with a fixed start and no
+    randomness all deterministic episodes are alike.)
 
     :param model: The RL agent you want to evaluate.
     :param env: The gym environment or ``VecEnv`` environment.
