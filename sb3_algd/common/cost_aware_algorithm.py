@@ -148,7 +148,7 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         self._compare_constraint(self._settled)
 
     def _recent_cost(self) -> np.ndarray | None:
-        """Mean cost of each environment's last episodes, in the budget's unit, shape (n_constraints,); None if there is none."""
+        """Mean cost of each environment's last episodes, in the budget's unit, shape (n_constraints,), None before one."""
         cost = None if self._cost_tracker is None else self._cost_tracker.recent_cost(self.cost_limit_discounted)
         return None if cost is None else self._budget_factor * cost
 
