@@ -42,8 +42,8 @@ def augmented_lagrangian(
     .. math::
         L_A = -Q + \\sum_i \\frac{1}{2\\rho_i} \\left( [\\lambda_i + \\rho_i (risk_i - h_i)]_+^2 - \\lambda_i^2 \\right)
 
-    :math:`\\rho_i = 0` is its limit, the plain Lagrangian :math:`-Q + \\sum_i \\lambda_i (risk_i - h_i)`. It is computed without the
-    cancellation of the two squares, so that small values of ``rho`` are exact in single precision.
+    :math:`\\rho_i = 0` is its limit, the plain Lagrangian :math:`-Q + \\sum_i \\lambda_i (risk_i - h_i)`. The two
+    squares are not computed, because their difference would not be exact in single precision for small ``rho``.
 
     :param reward_value: :math:`Q(s, a)`, the minimum over the reward critics, shape (...).
     :param risk: Shape (..., n_c), see :func:`estimate_risk`.
