@@ -96,8 +96,12 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         ``pairing`` (``"after"``), ``grad_through_chain`` (False)
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts`` (the paper's code)
         instead of uniformly random actions
+    :param policy_delay: Number of updates of the critics per update of the policy
     :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
-        losses and optimizers stay in single precision). For its effect on speed and learning see docs/performance.md
+        losses, risks and optimizers stay in single precision). ``"auto"``: where updates are compiled
+    :param compile: Whether updates are compiled with ``torch.compile``, which takes up to a minute at the start of training.
+        ``"auto"``: for at least 5,000 updates on hardware with units for bfloat16, where a C++ compiler (CPU) or Triton (GPU)
+        is found. Random numbers are the same, results differ by rounding. docs/performance.md has what it brings
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -152,7 +156,9 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         score_coef: float = 0.1,
         score_kwargs: dict[str, Any] | None = None,
         use_policy_at_warmup: bool = False,
-        reduced_precision: bool = False,
+        policy_delay: int = 1,
+        reduced_precision: bool | Literal["auto"] = "auto",
+        compile: bool | Literal["auto"] = "auto",
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -192,7 +198,9 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
             actor_learning_rate=actor_learning_rate,
             cost_critic_learning_rate=cost_critic_learning_rate,
             use_policy_at_warmup=use_policy_at_warmup,
+            policy_delay=policy_delay,
             reduced_precision=reduced_precision,
+            compile=compile,
         )
         self.score_coef = score_coef
         self.score_kwargs = score_kwargs

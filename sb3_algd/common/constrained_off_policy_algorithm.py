@@ -1,6 +1,6 @@
 """The update that all constrained algorithms share: critics, actor, multipliers."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from functools import partial
 from typing import Any, ClassVar
@@ -14,18 +14,26 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_algd.common.batches import sample_batches, to_device
 from sb3_algd.common.buffers import CostReplayBufferSamples
+from sb3_algd.common.compilation import CompilingAlgorithm
 from sb3_algd.common.constraint import ConstraintSetting
-from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.common.critics import EnsembleCritic
 from sb3_algd.common.guards import WeightsBackup
-from sb3_algd.common.lagrange import LagrangeMultiplier, PerConstraint, augmented_lagrangian, estimate_risk, per_constraint
+from sb3_algd.common.lagrange import (
+    LagrangeMultiplier,
+    PerConstraint,
+    augmented_lagrangian,
+    estimate_risk,
+    penalty_slope,
+    per_constraint,
+    risk_slope,
+)
 from sb3_algd.common.legacy import adopt_saved
 from sb3_algd.common.policies import ConstrainedPolicy
 
 MULTIPLIER_SIGNALS = ("episodes", "buffer", "policy")
 
 
-class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
+class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
     """
     Base class of off-policy algorithms that maximise the return subject to limits on the cost of an episode.
 
@@ -44,7 +52,7 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
     :param bound_cost_targets: see there
     :param actor_learning_rate: see there
     :param cost_critic_learning_rate: see there
-    :param reduced_precision: see there
+    :param policy_delay: see there
     :param kwargs: see there
     """
 
@@ -73,7 +81,7 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         bound_cost_targets: bool,
         actor_learning_rate: float | Schedule | None,
         cost_critic_learning_rate: float | Schedule | None,
-        reduced_precision: bool,
+        policy_delay: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -86,10 +94,10 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         self.bound_cost_targets = bound_cost_targets
         self.actor_learning_rate = actor_learning_rate
         self.cost_critic_learning_rate = cost_critic_learning_rate
-        self.reduced_precision = reduced_precision
+        self.policy_delay = policy_delay
         self._weights_backup = WeightsBackup()
 
-    # --- what a subclass defines ------------------------------------------------------------------------------------------
+    # --- what a subclass defines, besides _next_actions and _actor_loss ---------------------------------------------------
 
     @abstractmethod
     def _next_actions(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None]:
@@ -98,15 +106,6 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
 
         :param next_observations: States
         :return: Actions, shape (batch, action_dim), and what is added to their value, shape (batch, 1), None for nothing
-        """
-
-    @abstractmethod
-    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor]:
-        """
-        The loss that the actor is trained with.
-
-        :param observations: States
-        :return: The loss; scalars to be logged, detached; the risk of the policy's actions, shape (n_constraints,)
         """
 
     def _actor_optimizers(self) -> list[th.optim.Optimizer]:
@@ -145,6 +144,7 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
 
     def _check_arguments(self) -> None:
         """Refuse arguments that cannot work, before anything is built."""
+        super()._check_arguments()
         if not isinstance(self.action_space, spaces.Box):
             # An AssertionError as from SB3's algorithms
             raise AssertionError(
@@ -160,9 +160,10 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         for name in self._non_negative:
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
-        interval, length = self.target_update_interval, self.episode_length
-        if interval < 1 or interval != int(interval):
-            raise ValueError(f"target_update_interval must be a whole number, at least 1, got {interval}.")
+        length = self.episode_length
+        for name in ("target_update_interval", "policy_delay"):
+            if getattr(self, name) < 1 or getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number, at least 1, got {getattr(self, name)}.")
         if length is not None and (length < 1 or length != int(length)):
             raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {length}.")
 
@@ -211,31 +212,30 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         :param episode_cost: See :meth:`_episode_cost`
         :return: Losses, gradient norm and risks
         """
-        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self.reduced_precision)
+        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self._uses_bfloat16)
 
         # Reward and cost critics, which have no parameter in common
         with precision():
-            critic_loss, cost_critic_loss, buffer_risk = self._critic_losses(batch)
+            critic_loss, cost_critic_loss, buffer_risk = self._critic_function(batch)
         self._minimize(critic_loss + cost_critic_loss, [self.critic.optimizer, self.cost_critic.optimizer])
 
-        # Actor. Another region: within one, autocast keeps its copies of the critics' weights, which have just changed
-        with precision():
-            actor_loss, metrics, policy_risk = self._actor_loss(batch.observations)
-        self._minimize(actor_loss, self._actor_optimizers())
-        gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
+        metrics = {"critic_loss": critic_loss.detach(), "cost_critic_loss": cost_critic_loss.detach(), "risk": buffer_risk}
 
-        # Multipliers; None before the first episode has ended
+        # Actor. Another region: within one, autocast keeps its copies of the critics' weights, which have just changed
+        policy_risk = None
+        if self._n_updates % self.policy_delay == 0:
+            with precision():
+                actor_loss, actor_metrics, policy_risk = self._actor_function(batch.observations)
+            self._minimize(actor_loss, self._actor_optimizers())
+            gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
+            metrics.update(actor_metrics, policy_risk=policy_risk, policy_grad_norm=th.nn.utils.get_total_norm(gradients))
+
+        # Multipliers; None before the first episode has ended, and where the policy waits
         signal = {"buffer": buffer_risk, "policy": policy_risk, "episodes": episode_cost}[self.multiplier_signal]
         if signal is not None:
             self.lagrange_multiplier.update(signal - self._budget)
-        return {
-            "critic_loss": critic_loss.detach(),
-            "cost_critic_loss": cost_critic_loss.detach(),
-            **metrics,
-            "policy_grad_norm": th.nn.utils.get_total_norm(gradients),
-            "risk": buffer_risk,
-            "policy_risk": policy_risk,
-        }
+        # The next update overwrites what CUDA graphs return
+        return metrics if self.device.type == "cpu" else {name: value.clone() for name, value in metrics.items()}
 
     @staticmethod
     def _minimize(loss: th.Tensor, optimizers: list[th.optim.Optimizer]) -> None:
@@ -246,12 +246,6 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
             optimizer.step()
 
     def _critic_losses(self, batch: CostReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """
-        Losses of reward and cost critics against their bootstrapped targets.
-
-        :param batch: Transitions
-        :return: The two losses, and the risk of the stored actions, detached, shape (n_constraints,)
-        """
         discounts = self.gamma if batch.discounts is None else batch.discounts
         cost_discounts = self.cost_gamma if batch.cost_discounts is None else batch.cost_discounts
         with th.no_grad():
@@ -288,16 +282,15 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
             critic = self.critic.bind(self.critic.features(observations))
             cost_critic = self.cost_critic.bind(self.cost_critic.features(observations))
             values, cost_values = critic.values(actions), cost_critic.values(actions)
-        # Through the few operations between values and energy with autograd, through the critics by hand
-        values.requires_grad_()
-        cost_values.requires_grad_()
-        risk = estimate_risk(cost_values, self.cost_risk_coef)
-        value = values.amin(dim=0).squeeze(-1)
-        energy = augmented_lagrangian(value, risk, self.lagrange_multiplier.value, self._budget, self._rho)
-        value_gradients, cost_gradients = th.autograd.grad(energy.sum(), [values, cost_values])
-        with th.no_grad():
-            energy_grad = critic.action_gradient(value_gradients) + cost_critic.action_gradient(cost_gradients)
-        return energy.detach(), energy_grad, risk.detach()
+            risk = estimate_risk(cost_values, self.cost_risk_coef)
+            value, which = values.min(dim=0, keepdim=True)
+            terms = self.lagrange_multiplier.value, self._budget, self._rho
+            energy = augmented_lagrangian(value.squeeze(0).squeeze(-1), risk, *terms)
+            # The gradient by hand: a third of autograd's operations
+            value_slope = th.zeros_like(values).scatter_(0, which, -1.0)
+            cost_slope = penalty_slope(risk, *terms) * risk_slope(cost_values, self.cost_risk_coef)
+            energy_grad = critic.action_gradient(value_slope) + cost_critic.action_gradient(cost_slope)
+        return energy, energy_grad, risk
 
     def _episode_cost(self) -> th.Tensor | None:
         """Mean cost of recent episodes, on the device; None if it does not drive the multipliers, or no episode has ended."""
@@ -374,7 +367,16 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "critic", "critic_target", "cost_critic", "cost_critic_target"]
-        return [*super()._excluded_save_params(), *networks, "_rho", "_budget", "_cost_floor", "_weights_backup"]
+        return [
+            *super()._excluded_save_params(),
+            *networks,
+            "_rho",
+            "_budget",
+            "_cost_floor",
+            "_weights_backup",
+            "_critic_function",
+            "_actor_function",
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         optimizers = ["actor.optimizer", "critic.optimizer", "cost_critic.optimizer", "lagrange_multiplier.optimizer"]

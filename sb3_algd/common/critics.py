@@ -167,7 +167,7 @@ class BoundCritic:
         """
         shape = values_gradient.shape[1:-1]
         gradient = values_gradient.flatten(1, -2)
-        if not skips_rows(gradient.device) or (needed := gradient.any(dim=2)).all():
+        if not skips_rows(gradient.device) or th.compiler.is_compiling() or (needed := gradient.any(dim=2)).all():
             return self._backward(gradient, self._hidden, slice(None)).sum(dim=0).view(*shape, -1)
         # A constraint is active for all cost critics alike, while a reward has its minimum at one of the critics
         alike = (needed == needed[0]).all()
@@ -219,6 +219,4 @@ def _before_activation(activation: nn.Module, hidden: th.Tensor, gradient: th.Te
         return th.ops.aten.threshold_backward(gradient, hidden, 0)
     if type(activation) is nn.SiLU:
         return th.ops.aten.silu_backward(gradient, hidden)
-    with th.enable_grad():
-        hidden = hidden.detach().requires_grad_()
-        return th.autograd.grad(activation(hidden), hidden, gradient)[0]
+    return th.func.vjp(activation, hidden)[1](gradient)[0]

@@ -33,6 +33,32 @@ def estimate_risk(cost_values: th.Tensor, coef: float) -> th.Tensor:
     return mean + coef * variance.clamp_min(MIN_VARIANCE).sqrt()
 
 
+def risk_slope(cost_values: th.Tensor, coef: float) -> th.Tensor:
+    """
+    :param cost_values: Values of the cost critics, shape (E, ..., n_c).
+    :param coef: How many standard deviations :func:`estimate_risk` adds.
+    :return: Gradient of the risk with respect to each value, same shape.
+    """
+    n_critics = cost_values.shape[0]
+    if n_critics == 1 or coef == 0.0:
+        return th.full_like(cost_values, 1.0 / n_critics)
+    variance, mean = th.var_mean(cost_values, dim=0)
+    scale = th.where(variance > MIN_VARIANCE, coef / (n_critics - 1) * variance.clamp_min(MIN_VARIANCE).rsqrt(), 0.0)
+    return 1.0 / n_critics + scale * (cost_values - mean)
+
+
+def penalty_slope(risk: th.Tensor, multiplier: th.Tensor, budget: th.Tensor, rho: th.Tensor) -> th.Tensor:
+    """
+    :param risk: Shape (..., n_c).
+    :param multiplier: :math:`\\lambda \\geq 0`, shape (n_c,).
+    :param budget: :math:`h`, shape (n_c,).
+    :param rho: Penalty coefficients, shape (n_c,).
+    :return: Gradient of :func:`augmented_lagrangian` with respect to the risk,
+        :math:`[\\lambda_i + \\rho_i (risk_i - h_i)]_+`, shape (..., n_c).
+    """
+    return (multiplier + rho * (risk - budget)).clamp_min(0.0)
+
+
 def augmented_lagrangian(
     reward_value: th.Tensor, risk: th.Tensor, multiplier: th.Tensor, budget: th.Tensor, rho: th.Tensor
 ) -> th.Tensor:

@@ -196,6 +196,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
         self.cost_critic.set_training_mode(mode)
         self.training = mode
 
+    @th.no_grad()
     def update_targets(self, tau: float) -> None:
         """
         Move the target critics towards the critics.
@@ -203,6 +204,6 @@ class ConstrainedPolicy(BasePolicy, ABC):
         :param tau: Polyak coefficient, 1 copies the critics
         """
         for critic, target in ((self.critic, self.critic_target), (self.cost_critic, self.cost_critic_target)):
-            polyak_update(critic.parameters(), target.parameters(), tau)
+            th._foreach_lerp_(list(target.parameters()), list(critic.parameters()), tau)
             # Running statistics of normalisation layers are copied, see SB3's GH issue #996
             polyak_update(get_parameters_by_name(critic, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)

@@ -90,8 +90,12 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     :param target_entropy: target entropy when learning ``ent_coef``, ``"auto"`` for minus the number of action dimensions
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts``
         instead of uniformly random actions
+    :param policy_delay: Number of updates of the critics per update of the policy
     :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
-        losses and optimizers stay in single precision). For its effect on speed and learning see docs/performance.md
+        losses, risks and optimizers stay in single precision). ``"auto"``: where updates are compiled
+    :param compile: Whether updates are compiled with ``torch.compile``, which takes up to a minute at the start of training.
+        ``"auto"``: for at least 5,000 updates on hardware with units for bfloat16, where a C++ compiler (CPU) or Triton (GPU)
+        is found. Random numbers are the same, results differ by rounding. docs/performance.md has what it brings
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -144,7 +148,9 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         ent_coef: str | float = "auto",
         target_entropy: str | float = "auto",
         use_policy_at_warmup: bool = False,
-        reduced_precision: bool = False,
+        policy_delay: int = 1,
+        reduced_precision: bool | Literal["auto"] = "auto",
+        compile: bool | Literal["auto"] = "auto",
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -184,7 +190,9 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
             actor_learning_rate=actor_learning_rate,
             cost_critic_learning_rate=cost_critic_learning_rate,
             use_policy_at_warmup=use_policy_at_warmup,
+            policy_delay=policy_delay,
             reduced_precision=reduced_precision,
+            compile=compile,
         )
         self.ent_coef = ent_coef
         self.target_entropy = target_entropy

@@ -1,0 +1,210 @@
+"""When and how an update is compiled: one path for CPUs and GPUs, with the eager update as its readable reference."""
+
+import shutil
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import PyTorchObs, TrainFreq, TrainFrequencyUnit
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils._pytree import tree_leaves
+
+from sb3_algd.common.buffers import CostReplayBufferSamples
+from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
+
+Result = TypeVar("Result")
+
+#: Updates from which on compiling pays for itself: it takes 20 to 60 seconds, and saves 10 to 20 ms per update
+WORTHWHILE_UPDATES = 5_000
+#: Shapes that one function is compiled for; others are computed eagerly
+MAX_SHAPES = 2
+
+
+def reason_against(device: th.device) -> str | None:
+    """
+    :param device: Device of the model.
+    :return: Why nothing can be compiled here, None if it can.
+    """
+    if device.type == "cpu":
+        from torch._inductor import config
+
+        candidates = [name for name in config.cpp.cxx if name]
+        if not any(shutil.which(name) for name in candidates):
+            return f"there is no C++ compiler ({' or '.join(candidates)})"
+    elif device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "Triton is missing"
+    else:
+        return f"the device is {device.type}"
+    return None
+
+
+def has_fast_bfloat16(device: th.device) -> bool:
+    """
+    :param device: Device of the model.
+    :return: Whether it has units for matrix products in bfloat16: tensor cores, AMX or AVX512-BF16.
+    """
+    if device.type == "cuda":
+        return th.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (th.cpu._is_amx_tile_supported() or th.cpu._is_avx512_bf16_supported())
+
+
+class CompiledMethod(Generic[Result]):
+    """
+    A method that is compiled at its first call with arguments of each shape.
+
+    Random numbers are those of the eager method. Where the method cannot be compiled it runs eagerly from then on.
+
+    :param method: A bound method that looks at no value of a tensor.
+    :param device: Device of its tensors.
+    :param required: Whether to raise an error where it cannot be compiled.
+    :param tell: Called with what a user may want to know, and the verbosity level that it takes.
+    """
+
+    def __init__(
+        self, method: Callable[..., Result], device: th.device, required: bool, tell: Callable[[str, int], None]
+    ) -> None:
+        self._eager = method
+        self._name = method.__name__.strip("_")
+        self._required = required
+        self._tell = tell
+        self._shapes: set[Any] = set()
+        # With a code object of its own: PyTorch limits how often one is compiled, for all models of the process together
+        bound: Any = method
+        function = bound.__func__
+        copy = types.FunctionType(
+            function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        options: dict[str, Any] = {"fallback_random": True}
+        if device.type == "cuda":
+            options["triton.cudagraphs"] = True
+        self._compiled: Callable[..., Result] | None = th.compile(
+            types.MethodType(copy, bound.__self__), fullgraph=True, dynamic=False, options=options
+        )
+
+    def __call__(self, *args: Any) -> Result:
+        """
+        :param args: Of the method.
+        :return: What the method returns.
+        :raises RuntimeError: If compilation is required and fails
+        """
+        if self._compiled is None:
+            return self._eager(*args)
+        shapes = tuple(leaf.shape for leaf in tree_leaves(args) if isinstance(leaf, th.Tensor))
+        if shapes not in self._shapes:
+            if len(self._shapes) == MAX_SHAPES:
+                return self._eager(*args)
+            if self._shapes:
+                self._tell(f"Compiling {self._name} again, for a batch of another shape", 2)
+            self._shapes.add(shapes)
+        try:
+            return self._compiled(*args)
+        except TorchDynamoException as error:
+            what = f"{self._name} cannot be compiled ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+            if self._required:
+                raise RuntimeError(f"{what}: use compile=False, or 'auto' to go on without.") from error
+            self._tell(f"Updates are not compiled: {what}", 1)
+            self._compiled = None
+            return self._eager(*args)
+
+
+class CompilingAlgorithm(CostAwareAlgorithm, ABC):
+    """
+    An algorithm whose losses are compiled where that pays.
+
+    :param args: see :class:`~sb3_algd.ALGD`, as all that follow
+    :param reduced_precision: see there
+    :param compile: see there
+    :param kwargs: see there
+    """
+
+    #: The methods of these names, compiled or not
+    _critic_function: Callable[..., Any]
+    _actor_function: Callable[..., Any]
+
+    def __init__(
+        self, *args: Any, reduced_precision: bool | Literal["auto"], compile: bool | Literal["auto"], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.reduced_precision = reduced_precision
+        self.compile = compile
+        #: What was decided at the start of training, the same in a training that is resumed
+        self._compiles: bool | None = None
+        self._uncompile()
+
+    @abstractmethod
+    def _critic_losses(self, batch: CostReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Losses of reward and cost critics against their bootstrapped targets.
+
+        :param batch: Transitions
+        :return: The two losses, and the risk of the stored actions, detached, shape (n_constraints,)
+        """
+
+    @abstractmethod
+    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor]:
+        """
+        The loss that the actor is trained with.
+
+        :param observations: States
+        :return: The loss; scalars to be logged, detached; the risk of the policy's actions, shape (n_constraints,)
+        """
+
+    def _check_arguments(self) -> None:
+        for name in ("compile", "reduced_precision"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise ValueError(f"{name} must be True, False or 'auto', got {getattr(self, name)!r}.")
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        arguments = super()._setup_learn(*args, **kwargs)
+        if self._compiles is None or self.num_timesteps == 0:
+            self._compiles = self._pays_to_compile(arguments[0])
+        self._uncompile()
+        if self._compiles:
+            reason = reason_against(self.device)
+            if reason is None:
+                self._critic_function = CompiledMethod(self._critic_losses, self.device, self.compile is True, self._tell)
+                self._actor_function = CompiledMethod(self._actor_loss, self.device, self.compile is True, self._tell)
+            elif self.compile is True:
+                raise RuntimeError(f"compile=True, but {reason}: install what is missing, or use compile='auto'.")
+            else:
+                self._compiles = False
+                self._tell(f"Updates are not compiled: {reason}", 1)
+        return arguments
+
+    def _pays_to_compile(self, total_timesteps: int) -> bool:
+        """Whether a training of this length is faster with the time that compiling takes."""
+        if self.compile != "auto":
+            return self.compile
+        assert isinstance(self.train_freq, TrainFreq)
+        per_rollout = self.train_freq.frequency if self.train_freq.unit == TrainFrequencyUnit.STEP else self.episode_length
+        updates = total_timesteps - self.learning_starts
+        if self.gradient_steps >= 0:
+            updates = updates // (per_rollout * self.n_envs) * self.gradient_steps
+        if updates < WORTHWHILE_UPDATES:
+            self._tell(f"Updates are not compiled: {updates} of them take less time than compiling", 1)
+        elif not has_fast_bfloat16(self.device):
+            self._tell("Updates are not compiled: in single precision they would hardly be faster", 1)
+        return updates >= WORTHWHILE_UPDATES and has_fast_bfloat16(self.device)
+
+    def _uncompile(self) -> None:
+        self._critic_function, self._actor_function = self._critic_losses, self._actor_loss
+
+    def _tell(self, message: str, level: int) -> None:
+        if self.verbose >= level:
+            print(message)
+
+    @property
+    def _uses_bfloat16(self) -> bool:
+        """Eager bfloat16 brings nothing: its conversions cost what its products save, unless they are fused."""
+        if self.reduced_precision == "auto":
+            return bool(self._compiles) and has_fast_bfloat16(self.device)
+        return self.reduced_precision
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_critic_function", "_actor_function"]
