@@ -124,7 +124,7 @@ class DiffusionPolicy(ConstrainedPolicy):
     :param diffusion_kwargs: Constants of the noise schedule, see :class:`~sb3_algd.algd.diffusion.VESDE`
         and :class:`~sb3_algd.algd.diffusion.DDPM`
     :param kwargs: What the critics and all of SB3's policies take, see :class:`~sb3_algd.common.policies.ConstrainedPolicy`:
-        ``n_cost_critics``, ``cost_activation_fn``, ``n_critics``, ``features_extractor_class``,
+        ``n_cost_critics``, ``cost_activation_fn``, ``layer_norm``, ``n_critics``, ``features_extractor_class``,
         ``features_extractor_kwargs``, ``normalize_images``, ``optimizer_class``, ``optimizer_kwargs``,
         ``share_features_extractor``
     """

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch as th
+import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -43,6 +44,7 @@ class EnsembleCritic(BaseModel):
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param n_critics: Number of members E
     :param n_outputs: Number of outputs of each member
+    :param layer_norm: Whether each hidden layer is normalised before its activation function (without affine part)
     :param narrow_init: Whether weights start from a narrow normal distribution (cost critics) instead of Xavier-uniform
     :param share_features_extractor: Whether the features extractor is the actor's; then it is not trained by the critic
     """
@@ -60,6 +62,7 @@ class EnsembleCritic(BaseModel):
         normalize_images: bool = True,
         n_critics: int = 2,
         n_outputs: int = 1,
+        layer_norm: bool = False,
         narrow_init: bool = False,
         share_features_extractor: bool = False,
     ) -> None:
@@ -76,6 +79,7 @@ class EnsembleCritic(BaseModel):
             # What it was given is needed for the gradient
             activation.inplace = False
         self.activation: nn.Module = activation
+        self.layer_norm = layer_norm
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         widths = [features_dim + get_action_dim(action_space), *net_arch, n_outputs]
@@ -122,6 +126,8 @@ class EnsembleCritic(BaseModel):
         :param hidden: What the layer before it gives, before the activation function, shape (E, rows, fan_in).
         :return: The same of this layer, shape (E, rows, fan_out).
         """
+        if self.layer_norm:
+            hidden = F.layer_norm(hidden, hidden.shape[-1:])
         hidden, weight, bias = self.activation(hidden), self.weights[depth], self.biases[depth]
         if weight.shape[2] == 1:
             # On CPUs, a batched matrix product with one column takes six times as long
@@ -190,7 +196,7 @@ class BoundCritic:
         for depth in reversed(range(1, len(self._critic.weights))):
             weight = self._critic.weights[depth][members].transpose(1, 2)
             gradient = gradient * weight if weight.shape[1] == 1 else th.bmm(gradient, weight)
-            gradient = _before_activation(self._critic.activation, hidden[depth - 1], gradient.to(hidden[depth - 1].dtype))
+            gradient = _before_activation(self._critic, hidden[depth - 1], gradient.to(hidden[depth - 1].dtype))
         return th.bmm(gradient, self._action_weight[members].transpose(1, 2)).float()
 
 
@@ -205,15 +211,24 @@ def skips_rows(device: th.device) -> bool:
     return device.type == "cpu"
 
 
-def _before_activation(activation: nn.Module, hidden: th.Tensor, gradient: th.Tensor) -> th.Tensor:
+def _before_activation(critic: EnsembleCritic, hidden: th.Tensor, gradient: th.Tensor) -> th.Tensor:
     """
-    Backward pass through an activation function.
+    Backward pass through the activation function of a hidden layer, and its normalisation where there is one.
 
-    :param activation: The function.
-    :param hidden: What it was given.
-    :param gradient: Gradient with respect to what it returned.
-    :return: Gradient with respect to what it was given.
+    :param critic: The ensemble.
+    :param hidden: What the layer gave.
+    :param gradient: Gradient with respect to what the activation function returned.
+    :return: Gradient with respect to what the layer gave.
     """
+    if not critic.layer_norm:
+        return _through_activation(critic.activation, hidden, gradient)
+    shape = hidden.shape[-1:]
+    normal, mean, scale = th.native_layer_norm(hidden, shape, None, None, 1e-5)
+    gradient = _through_activation(critic.activation, normal, gradient)
+    return th.ops.aten.native_layer_norm_backward(gradient, hidden, shape, mean, scale, None, None, [True, False, False])[0]
+
+
+def _through_activation(activation: nn.Module, hidden: th.Tensor, gradient: th.Tensor) -> th.Tensor:
     # What autograd calls for the two default ones, without its bookkeeping
     if type(activation) is nn.ReLU:
         return th.ops.aten.threshold_backward(gradient, hidden, 0)

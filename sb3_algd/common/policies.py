@@ -30,6 +30,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
     :param n_cost_critics: Number of cost critics E
     :param cost_activation_fn: Activation function of the cost critics
     :param n_constraints: Number of constraints n_c, set by the algorithm from its ``cost_limit``
+    :param layer_norm: Whether the hidden layers of reward and cost critics are normalised
     :param features_extractor_class: Features extractor to use.
     :param features_extractor_kwargs: Keyword arguments
         to pass to the features extractor.
@@ -61,6 +62,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
         n_cost_critics: int = 4,
         cost_activation_fn: type[nn.Module] = nn.SiLU,
         n_constraints: int = 1,
+        layer_norm: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -89,6 +91,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
         }
         self.actor_kwargs = {**net_args, "net_arch": actor_arch, "activation_fn": activation_fn}
         shared_kwargs = {**net_args, "net_arch": critic_arch, "share_features_extractor": share_features_extractor}
+        shared_kwargs["layer_norm"] = layer_norm
         self.critic_kwargs = {**shared_kwargs, "activation_fn": activation_fn, "n_critics": n_critics}
         self.cost_critic_kwargs = {
             **shared_kwargs,
@@ -143,6 +146,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
                 n_cost_critics=self.cost_critic_kwargs["n_critics"],
                 cost_activation_fn=self.cost_critic_kwargs["activation_fn"],
                 n_constraints=self.cost_critic_kwargs["n_outputs"],
+                layer_norm=self.critic_kwargs["layer_norm"],
                 n_critics=self.critic_kwargs["n_critics"],
                 share_features_extractor=self.share_features_extractor,
                 lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
