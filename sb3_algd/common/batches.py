@@ -58,8 +58,8 @@ def split_batch(batch: Batch, n_parts: int) -> list[Batch]:
     if n_parts == 1:
         return [batch]
     leaves, structure = tree_flatten(batch)
-    # Dealt out in turn: HerReplayBuffer puts real transitions first and those with new goals last. Contiguous, because an update
-    # would be compiled again for every other stride
+    # Dealt out in turn: HerReplayBuffer puts real transitions first and those with new goals last. Contiguous,
+    # because an update would be compiled again for every other stride
     parts = [[leaf if leaf is None else leaf[first::n_parts].contiguous() for leaf in leaves] for first in range(n_parts)]
     return [tree_unflatten(part, structure) for part in parts]
 
