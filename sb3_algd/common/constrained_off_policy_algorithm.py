@@ -160,11 +160,9 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         for name in self._non_negative:
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
-        interval, length = self.target_update_interval, self.episode_length
+        interval = self.target_update_interval
         if interval < 1 or interval != int(interval):
             raise ValueError(f"target_update_interval must be a whole number, at least 1, got {interval}.")
-        if length is not None and (length < 1 or length != int(length)):
-            raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {length}.")
 
     def _settle_constraint(self) -> None:
         super()._settle_constraint()

@@ -33,8 +33,8 @@ def budget_per_unit_cost(horizon: int, cost_gamma: float) -> float:
     :param cost_gamma: Discount factor of the cost critics, in (0, 1].
     :return: The factor that turns a cost per episode into a discounted cost-to-go.
     """
-    if horizon < 1:
-        raise ValueError(f"The episode length must be at least 1 step, got {horizon}.")
+    if horizon < 1 or horizon != int(horizon):
+        raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {horizon}.")
     if not 0.0 < cost_gamma <= 1.0:
         raise ValueError(f"cost_gamma must be in (0, 1], got {cost_gamma}.")
     if cost_gamma == 1.0:
