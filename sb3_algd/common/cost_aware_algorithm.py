@@ -199,9 +199,11 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: If the buffer has no costs, another number of them, or is of another kind; the present one stays.
         """
         present = self.replay_buffer
-        super().load_replay_buffer(path, truncate_last_traj)
-        loaded = self.replay_buffer
-        self.replay_buffer = present
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            loaded = self.replay_buffer
+        finally:
+            self.replay_buffer = present
         if not isinstance(loaded, CostStorage):
             raise ValueError(
                 f"The replay buffer in {path} holds no costs ({type(loaded).__name__}), but the model has "
