@@ -321,13 +321,13 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
     def _update_learning_rates(self) -> None:
         progress = self._current_progress_remaining
         self.logger.record("train/learning_rate", self.lr_schedule(progress))
-        schedules = [
-            (self.critic.optimizer, None),
-            (self.cost_critic.optimizer, self.cost_critic_lr_schedule),
-            (self.lagrange_multiplier.optimizer, self.multiplier_lr_schedule),
-            *((optimizer, self.actor_lr_schedule) for optimizer in self._actor_optimizers()),
-        ]
-        for optimizer, schedule in schedules:
+        schedules: dict[th.optim.Optimizer, Schedule | None] = {
+            **dict.fromkeys([self.critic.optimizer, *self._actor_optimizers()]),
+            self.actor.optimizer: self.actor_lr_schedule,
+            self.cost_critic.optimizer: self.cost_critic_lr_schedule,
+            self.lagrange_multiplier.optimizer: self.multiplier_lr_schedule,
+        }
+        for optimizer, schedule in schedules.items():
             update_learning_rate(optimizer, (schedule or self.lr_schedule)(progress))
 
     def _log_training(self, means: dict[str, th.Tensor]) -> None:
