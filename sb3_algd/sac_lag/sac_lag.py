@@ -85,7 +85,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         allow: 0 if there were no negative ones
     :param actor_learning_rate: Learning rate of the actor, ``learning_rate`` if ``None``
     :param cost_critic_learning_rate: Learning rate of the cost critics, ``learning_rate`` if ``None``
-    :param ent_coef: Entropy regularization coefficient. ``"auto"`` to learn it automatically,
+    :param ent_coef: Entropy regularization coefficient, a number >= 0. ``"auto"`` to learn it automatically,
         ``"auto_0.1"`` to start from 0.1
     :param target_entropy: target entropy when learning ``ent_coef``, ``"auto"`` for minus the number of action dimensions
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts``
