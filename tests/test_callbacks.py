@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_algd import ALGD
-from sb3_algd.callbacks import CostEvalCallback, StopTrainingOnTimeLimit
+from sb3_algd.common.callbacks import CostEvalCallback, StopTrainingOnTimeLimit
 
 Outcome = tuple[float, float | list[float]]
 

@@ -13,8 +13,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_algd import ALGD, evaluate_policy
-from sb3_algd.guards import NormalizationBackup, check_finite
-from tests.test_algd import BrokenEnv, CostlyEnv, make_env, make_model, same, weights
+from sb3_algd.common.guards import NormalizationBackup, check_finite
+from tests.conftest import BrokenEnv, CostlyEnv, make_env, make_model, same, weights
 
 
 class NotFiniteEnv(CostlyEnv):
@@ -121,7 +121,7 @@ def test_what_is_infinite_in_single_precision_is_refused() -> None:
 
 
 def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 8)
+    monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 8)
     model = make_model().learn(36)
     assert model._n_updates == 16
     # The copy is made before the 17th update
@@ -142,7 +142,7 @@ def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 8)
+    monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 8)
     model = make_model().learn(21)
     calls: list[None] = []
     update = model._update
@@ -162,7 +162,7 @@ def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.Monke
 
 
 def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 1)
+    monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 1)
     model = make_model().learn(25)
     with th.no_grad():
         next(model.actor.parameters()).fill_(th.nan)

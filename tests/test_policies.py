@@ -10,8 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-from sb3_algd.networks import EnsembleCritic
-from sb3_algd.policies import CnnPolicy, DiffusionPolicy, MultiInputPolicy
+from sb3_algd import CnnPolicy, DiffusionPolicy, MultiInputPolicy
+from sb3_algd.common.critics import EnsembleCritic
 
 OBSERVATIONS = spaces.Box(-1.0, 1.0, shape=(5,), dtype=np.float32)
 ACTIONS = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 4.0], dtype=np.float32))
