@@ -99,10 +99,17 @@ def make_one_env() -> VecEnv:
 
 def make_model_of(algorithm: type[Model], env: Any = None, **kwargs: Any) -> Model:
     defaults: dict[str, Any] = dict(
-        policy_kwargs=SMALL, learning_starts=20, batch_size=16, buffer_size=500, seed=0, cost_limit=5.0, device="cpu"
+        policy="MlpPolicy",
+        policy_kwargs=SMALL,
+        learning_starts=20,
+        batch_size=16,
+        buffer_size=500,
+        seed=0,
+        cost_limit=5.0,
+        device="cpu",
     )
     constructor: Any = algorithm
-    return constructor("MlpPolicy", make_env() if env is None else env, **{**defaults, **kwargs})
+    return constructor(env=make_env() if env is None else env, **{**defaults, **kwargs})
 
 
 def make_model(env: Any = None, **kwargs: Any) -> ALGD:

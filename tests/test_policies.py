@@ -166,3 +166,10 @@ def test_policy_save_and_load(tmp_path: Path, policy_class: type[DiffusionPolicy
 def test_an_empty_ensemble_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one critic"):
         make_policy(n_cost_critics=0)
+
+
+def test_other_forms_of_adam_stay_possible() -> None:
+    policy = make_policy(net_arch=[8], optimizer_kwargs=dict(foreach=True))
+    assert policy.actor.optimizer.defaults["foreach"] is True
+    assert not policy.actor.optimizer.defaults["fused"]
+    assert make_policy(net_arch=[8]).actor.optimizer.defaults["fused"] is True
