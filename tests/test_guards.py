@@ -165,9 +165,9 @@ def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.Monke
     assert model._n_updates == 16 and all(th.isfinite(value).all() for value in weights(model).values())
 
 
-def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
     monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 1)
-    model = make_model().learn(25)
+    model = make_model_of(algorithm).learn(25)
     with th.no_grad():
         next(model.actor.parameters()).fill_(th.nan)
     with pytest.raises(FloatingPointError, match="set back to what it was after update 4"):
