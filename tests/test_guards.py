@@ -145,9 +145,11 @@ def test_divergence_sets_the_weights_back(
     algorithm.load(tmp_path / "model", env=make_env()).learn(25)
 
 
-def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_are_copied_within_a_long_call_too(
+    monkeypatch: pytest.MonkeyPatch, algorithm: type[ConstrainedOffPolicyAlgorithm]
+) -> None:
     monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 8)
-    model = make_model().learn(21)
+    model = make_model_of(algorithm).learn(21)
     calls: list[None] = []
     update = model._update
 
@@ -163,6 +165,8 @@ def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.Monke
     with pytest.raises(FloatingPointError, match="set back to what it was after update 16"):
         model.train(30, 16)
     assert model._n_updates == 16 and all(th.isfinite(value).all() for value in weights(model).values())
+    # Nothing that was learned elsewhere is left over from the divergence
+    model.train(2, 16)
 
 
 def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
