@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 
+Algorithm = type[ConstrainedOffPolicyAlgorithm]
 Model = TypeVar("Model", bound=ConstrainedOffPolicyAlgorithm)
 
 #: ``policy_kwargs`` of networks that train fast
@@ -21,7 +22,7 @@ SMALL: dict[str, Any] = dict(net_arch=[16, 16])
 
 
 @pytest.fixture(params=[ALGD, SACLag])
-def algorithm(request: pytest.FixtureRequest) -> type[ConstrainedOffPolicyAlgorithm]:
+def algorithm(request: pytest.FixtureRequest) -> Algorithm:
     """Each algorithm in turn."""
     return request.param
 

@@ -121,7 +121,7 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
     critics_before = [parameter.clone() for parameter in [*model.critic.parameters(), *model.cost_critic.parameters()]]
     th.manual_seed(5)
     loss, metrics, policy_risk = model._actor_loss(obs)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     share = (risk > threshold[active]).float().mean().item()
     assert {"nowhere": share == 0.0, "somewhere": 0.2 < share < 0.8, "everywhere": share == 1.0}[active]
     assert metrics["energy"].item() == pytest.approx(energy, rel=1e-4, abs=1e-5)
@@ -168,7 +168,7 @@ def test_critic_update_equals_a_plain_implementation(n_costs: int, diffusion: st
     *losses, risk = model._critic_losses(batch)
     assert losses[0].item() == pytest.approx(critic_loss.item(), rel=1e-4)
     assert losses[1].item() == pytest.approx(cost_loss.item(), rel=1e-4)
-    (losses[0] + losses[1]).backward()  # type: ignore[no-untyped-call]
+    (losses[0] + losses[1]).backward()
     for parameter, gradient in zip([*model.critic.parameters(), *model.cost_critic.parameters()], expected, strict=True):
         assert parameter.grad is not None
         th.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
@@ -182,7 +182,7 @@ def test_score_gradient_through_the_chain_is_an_option() -> None:
         model = make_model(score_coef=1e3, score_kwargs=dict(grad_through_chain=through_chain))
         th.manual_seed(0)
         loss, _, _ = model._actor_loss(th.ones(16, 3))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         gradients.append(th.cat([p.grad.flatten() for p in model.actor.parameters() if p.grad is not None]))
     assert not th.allclose(gradients[0], gradients[1])
 

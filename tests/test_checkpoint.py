@@ -25,7 +25,17 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.callbacks import CostEvalCallback
 from sb3_algd.common.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from tests.conftest import SMALL, CostlyBitFlipping, make_env, make_model, make_model_of, make_one_env, same, weights
+from tests.conftest import (
+    SMALL,
+    Algorithm,
+    CostlyBitFlipping,
+    make_env,
+    make_model,
+    make_model_of,
+    make_one_env,
+    same,
+    weights,
+)
 
 STEPS, SAVE_FREQ = 72, 20
 
@@ -56,7 +66,11 @@ def noise() -> OrnsteinUhlenbeckActionNoise:
 
 
 def interrupted_and_resumed(
-    algorithm: type[ConstrainedOffPolicyAlgorithm], make_envs: Callable[[], VecEnv], folder: Path, stop: int = 55, **kwargs: Any
+    algorithm: Algorithm,
+    make_envs: Callable[[], VecEnv],
+    folder: Path,
+    stop: int = 55,
+    **kwargs: Any,
 ) -> tuple[ConstrainedOffPolicyAlgorithm, ConstrainedOffPolicyAlgorithm]:
     """The same training without and with an interruption."""
     models = []
@@ -103,10 +117,10 @@ def assert_same_training(whole: ConstrainedOffPolicyAlgorithm, resumed: Constrai
     ],
     ids=["noise and n-step", "memory efficient", "episodes"],
 )
-def test_one_environment(tmp_path: Path, kwargs: dict[str, Any], algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_one_environment(tmp_path: Path, kwargs: dict[str, Any], algorithm: Algorithm) -> None:
     # The VE type is run by the other tests
     special = dict(diffusion="ddpm") if algorithm is ALGD and "train_freq" in kwargs else {}
-    kwargs = dict(policy_kwargs={**SMALL, **special}, **kwargs)
+    kwargs = {"policy_kwargs": {**SMALL, **special}, **kwargs}
     whole, resumed = interrupted_and_resumed(algorithm, make_one_env, tmp_path, **kwargs)
     assert_same_training(whole, resumed)
     if isinstance(whole, SACLag) and isinstance(resumed, SACLag):
@@ -114,8 +128,8 @@ def test_one_environment(tmp_path: Path, kwargs: dict[str, Any], algorithm: type
 
 
 @pytest.mark.parametrize("buffer_size", [40, 500])
-def test_two_normalized_environments_with_two_constraints(tmp_path: Path, buffer_size: int, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
-    kwargs = dict(buffer_size=buffer_size, cost_limit=[1.0, 2.0], action_noise=noise())
+def test_two_normalized_environments_with_two_constraints(tmp_path: Path, buffer_size: int, algorithm: Algorithm) -> None:
+    kwargs: dict[str, Any] = dict(buffer_size=buffer_size, cost_limit=[1.0, 2.0], action_noise=noise())
     whole, resumed = interrupted_and_resumed(algorithm, normalized_envs, tmp_path, **kwargs)
     assert_same_training(whole, resumed)
     first, second = whole.get_vec_normalize_env(), resumed.get_vec_normalize_env()
@@ -126,11 +140,9 @@ def test_two_normalized_environments_with_two_constraints(tmp_path: Path, buffer
 
 
 @pytest.mark.parametrize("buffer_size", [30, 500])
-def test_goals(tmp_path: Path, buffer_size: int, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
-    kwargs = dict(policy="MultiInputPolicy", cost_limit=1.0, episode_length=5, buffer_size=buffer_size)
-    whole, resumed = interrupted_and_resumed(
-        algorithm, goal_envs, tmp_path, replay_buffer_class=HerReplayBuffer, **kwargs
-    )
+def test_goals(tmp_path: Path, buffer_size: int, algorithm: Algorithm) -> None:
+    kwargs: dict[str, Any] = dict(policy="MultiInputPolicy", cost_limit=1.0, episode_length=5, buffer_size=buffer_size)
+    whole, resumed = interrupted_and_resumed(algorithm, goal_envs, tmp_path, replay_buffer_class=HerReplayBuffer, **kwargs)
     assert_same_training(whole, resumed)
     assert isinstance(whole.replay_buffer, HerReplayBuffer) and isinstance(resumed.replay_buffer, HerReplayBuffer)
     np.testing.assert_array_equal(whole.replay_buffer.ep_length, resumed.replay_buffer.ep_length)

@@ -19,6 +19,7 @@ from sb3_algd import ALGD, CostDictReplayBuffer, CostHerReplayBuffer, CostNStepR
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from tests.conftest import (
     SMALL,
+    Algorithm,
     CostlyBitFlipping,
     CostlyEnv,
     learned,
@@ -28,8 +29,6 @@ from tests.conftest import (
     same,
     weights,
 )
-
-Algorithm = type[ConstrainedOffPolicyAlgorithm]
 
 #: Algorithm, what is special about its policy, and number of constraints
 KINDS = [

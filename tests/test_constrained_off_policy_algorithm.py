@@ -14,7 +14,7 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.batches import sample_batches
 from sb3_algd.common.buffers import CostReplayBufferSamples
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from tests.conftest import SMALL, Model, make_env, make_model, make_model_of, same, weights
+from tests.conftest import SMALL, Algorithm, make_env, make_model, make_model_of, same, weights
 
 
 def first_batch(model: ConstrainedOffPolicyAlgorithm, size: int = 16) -> CostReplayBufferSamples:
@@ -24,7 +24,7 @@ def first_batch(model: ConstrainedOffPolicyAlgorithm, size: int = 16) -> CostRep
 
 @pytest.mark.parametrize(("bound", "lowest", "expected"), [(True, 0.0, 0.0), (True, -0.02, -0.2), (False, 0.0, -5.0)])
 def test_expected_costs_are_no_lower_than_the_costs_seen_allow(
-    bound: bool, lowest: float, expected: float, algorithm: type[ConstrainedOffPolicyAlgorithm]
+    bound: bool, lowest: float, expected: float, algorithm: Algorithm
 ) -> None:
     model = make_model_of(algorithm, cost_gamma=0.9, bound_cost_targets=bound)
     model.learn(20)  # fills the buffer, no update yet
@@ -43,7 +43,7 @@ def test_expected_costs_are_no_lower_than_the_costs_seen_allow(
 
 
 @pytest.mark.parametrize("n_critics", [1, 4])
-def test_pessimistic_cost_targets(n_critics: int, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_pessimistic_cost_targets(n_critics: int, algorithm: Algorithm) -> None:
     policy_kwargs = dict(net_arch=[8], n_cost_critics=n_critics)
     model = make_model_of(algorithm, cost_gamma=0.9, cost_target_risk_coef=0.5, policy_kwargs=policy_kwargs)
     model.learn(20)
@@ -75,9 +75,7 @@ def test_the_bound_of_expected_costs_follows_the_buffer() -> None:
 
 
 @pytest.mark.parametrize("signal", ["buffer", "policy", "episodes"])
-def test_multiplier_is_updated_from_its_signal(
-    signal: str, monkeypatch: pytest.MonkeyPatch, algorithm: type[ConstrainedOffPolicyAlgorithm]
-) -> None:
+def test_multiplier_is_updated_from_its_signal(signal: str, monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, multiplier_signal=signal, multiplier_kwargs=dict(learning_rate=0.1))
     model.learn(20)
     high, low = th.tensor([1e3]), th.tensor([0.0])
@@ -93,7 +91,7 @@ def test_multiplier_is_updated_from_its_signal(
     assert model.lagrange_multiplier.value.item() > start
 
 
-def test_targets_follow_every_second_update_counted_over_the_whole_run(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_targets_follow_every_second_update_counted_over_the_whole_run(algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, learning_starts=0, target_update_interval=2)
     model.learn(1)
     targets = [parameter.clone() for parameter in model.critic_target.parameters()]
@@ -104,7 +102,7 @@ def test_targets_follow_every_second_update_counted_over_the_whole_run(algorithm
     assert not any(th.equal(a, b) for a, b in zip(targets, model.critic_target.parameters(), strict=True))
 
 
-def test_each_optimizer_follows_its_own_schedule(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_each_optimizer_follows_its_own_schedule(algorithm: Algorithm) -> None:
     model = make_model_of(
         algorithm,
         learning_rate=1e-3,
@@ -113,18 +111,14 @@ def test_each_optimizer_follows_its_own_schedule(algorithm: type[ConstrainedOffP
         multiplier_kwargs=dict(learning_rate=lambda progress: 0.5 * progress),
     )
     model.learn(40)
-    optimizers = (
-        model.critic.optimizer,
-        model.cost_critic.optimizer,
-        model.lagrange_multiplier.optimizer,
-        *model._actor_optimizers(),
-    )
+    networks = (model.critic, model.cost_critic, model.actor, model.lagrange_multiplier)
+    optimizers = [network.optimizer for network in networks] + model._actor_optimizers()[1:]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    # SACLag's entropy coefficient is learned with the actor
-    assert rates == pytest.approx([1e-3, 2e-3, 0.0, 0.0] + [0.0] * (algorithm is SACLag))
+    # SACLag's entropy coefficient has no learning rate of its own
+    assert rates == pytest.approx([1e-3, 2e-3, 0.0, 0.0] + [1e-3] * (algorithm is SACLag))
 
 
-def test_a_replaced_learning_rate_schedule_counts_for_all_networks(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_a_replaced_learning_rate_schedule_counts_for_all_networks(algorithm: Algorithm) -> None:
     model = make_model_of(algorithm).learn(21)
     model.lr_schedule = lambda _: 0.0
     before = model.policy.state_dict()
@@ -134,8 +128,10 @@ def test_a_replaced_learning_rate_schedule_counts_for_all_networks(algorithm: ty
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
-@pytest.mark.parametrize(("algorithm", "special"), [(ALGD, dict(diffusion="ve")), (ALGD, dict(diffusion="ddpm")), (SACLag, {})])
-def test_the_same_seed_gives_the_same_weights(algorithm: type[ConstrainedOffPolicyAlgorithm], special: dict, n_envs: int) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "special"), [(ALGD, dict(diffusion="ve")), (ALGD, dict(diffusion="ddpm")), (SACLag, {})]
+)
+def test_the_same_seed_gives_the_same_weights(algorithm: Algorithm, special: dict, n_envs: int) -> None:
     def trained(seed: int) -> dict[str, th.Tensor]:
         env = make_vec_env(make_env, n_envs=n_envs, seed=seed)
         return weights(make_model_of(algorithm, env, seed=seed, policy_kwargs={**SMALL, **special}).learn(60))
@@ -145,13 +141,13 @@ def test_the_same_seed_gives_the_same_weights(algorithm: type[ConstrainedOffPoli
     assert not same(first, trained(2))
 
 
-def test_the_users_policy_kwargs_are_not_changed(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_the_users_policy_kwargs_are_not_changed(algorithm: Algorithm) -> None:
     kwargs = copy.deepcopy(SMALL)
     make_model_of(algorithm, policy_kwargs=kwargs)
     assert kwargs == SMALL
 
 
-def test_divergence_stops_training_and_names_the_quantity(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_divergence_stops_training_and_names_the_quantity(algorithm: Algorithm) -> None:
     model = make_model_of(algorithm).learn(30)
     with th.no_grad():
         model.critic.biases[-1].fill_(float("nan"))
@@ -177,19 +173,17 @@ def test_divergence_stops_training_and_names_the_quantity(algorithm: type[Constr
         (dict(multiplier_kwargs=dict(init_value=0.0, space="log")), ValueError, "cannot start at 0"),
     ],
 )
-def test_bad_arguments(
-    kwargs: dict, error: type[Exception], message: str, algorithm: type[ConstrainedOffPolicyAlgorithm]
-) -> None:
+def test_bad_arguments(kwargs: dict, error: type[Exception], message: str, algorithm: Algorithm) -> None:
     with pytest.raises(error, match=message):
         make_model_of(algorithm, **kwargs)
 
 
-def test_a_discrete_action_space_is_refused(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_a_discrete_action_space_is_refused(algorithm: Algorithm) -> None:
     with pytest.raises(AssertionError, match=r"only supports continuous \(Box\) action spaces.*Wrap"):
         make_model_of(algorithm, "CartPole-v1")
 
 
-def test_the_logged_norm_is_that_of_the_actors_gradients(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_the_logged_norm_is_that_of_the_actors_gradients(algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, learning_starts=60).learn(60)
     norm = model._update(first_batch(model), None)["policy_grad_norm"]
     gradients = [parameter.grad.flatten() for parameter in model.actor.parameters()]
@@ -222,7 +216,7 @@ class Readings(TorchDispatchMode):
     ],
 )
 def test_an_update_never_reads_from_the_device(
-    algorithm: type[ConstrainedOffPolicyAlgorithm], arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    algorithm: Algorithm, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sb3_algd.common.critics.skips_rows", lambda device: False)
     # Adam's own count of steps is in CPU memory for parameters on any device

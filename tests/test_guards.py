@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_algd import ALGD, evaluate_policy
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.guards import NormalizationBackup, check_finite
-from tests.conftest import BrokenEnv, CostlyEnv, make_env, make_model, make_model_of, same, weights
+from tests.conftest import Algorithm, BrokenEnv, CostlyEnv, make_env, make_model, make_model_of, same, weights
 
 
 class NotFiniteEnv(CostlyEnv):
@@ -122,9 +122,7 @@ def test_what_is_infinite_in_single_precision_is_refused() -> None:
 # --- divergence ------------------------------------------------------------------------------------------------------
 
 
-def test_divergence_sets_the_weights_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: type[ConstrainedOffPolicyAlgorithm]
-) -> None:
+def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
     monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 8)
     model = make_model_of(algorithm).learn(36)
     assert model._n_updates == 16
@@ -145,9 +143,7 @@ def test_divergence_sets_the_weights_back(
     algorithm.load(tmp_path / "model", env=make_env()).learn(25)
 
 
-def test_the_weights_are_copied_within_a_long_call_too(
-    monkeypatch: pytest.MonkeyPatch, algorithm: type[ConstrainedOffPolicyAlgorithm]
-) -> None:
+def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
     monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 8)
     model = make_model_of(algorithm).learn(21)
     calls: list[None] = []
@@ -169,7 +165,7 @@ def test_the_weights_are_copied_within_a_long_call_too(
     model.train(2, 16)
 
 
-def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
     monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 1)
     model = make_model_of(algorithm).learn(25)
     with th.no_grad():
@@ -192,7 +188,7 @@ def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorith
     ],
 )
 def test_a_broken_environment_gives_an_error_and_loses_nothing(
-    tmp_path: Path, what: str, message: str, algorithm: type[ConstrainedOffPolicyAlgorithm]
+    tmp_path: Path, what: str, message: str, algorithm: Algorithm
 ) -> None:
     model = make_model_of(algorithm, gym.wrappers.TimeLimit(BrokenEnv(what), 1000))
     with pytest.raises(ValueError, match=message):
@@ -235,7 +231,7 @@ def check_steps_follow_on_each_other(model: ConstrainedOffPolicyAlgorithm) -> No
 
 
 @pytest.mark.parametrize("nan_at", [15, 20])  # within an episode, and its last step
-def test_going_on_after_bad_input_stores_true_transitions_only(nan_at: int, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_going_on_after_bad_input_stores_true_transitions_only(nan_at: int, algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, gym.wrappers.TimeLimit(CountingEnv(nan_at), 20), learning_starts=100)
     with pytest.raises(ValueError, match="non-finite reward"):
         model.learn(30)

@@ -6,11 +6,10 @@ import sys
 
 import pytest
 
-from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from tests.conftest import make_model_of
+from tests.conftest import Algorithm, make_model_of
 
 
-def test_memory_does_not_grow_with_updates(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_memory_does_not_grow_with_updates(algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, stats_window_size=2)
     model.learn(60)
     counts = []

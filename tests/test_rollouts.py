@@ -1,22 +1,21 @@
-"""What a model knows of costs: limits, the costs in its replay buffer, and what it logs and warns of."""
+"""What a model makes of the costs of its rollouts: limits, replay buffer, logs and warnings."""
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-import torch as th
 
 from sb3_algd import ALGD, CostHerReplayBuffer, CostNStepReplayBuffer, CostReplayBuffer
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from tests.conftest import SMALL, CostlyBitFlipping, CostlyEnv, make_env, make_model, make_model_of
+from tests.conftest import Algorithm, CostlyBitFlipping, CostlyEnv, make_env, make_model, make_model_of
 
 
 def cost_limits(model: ConstrainedOffPolicyAlgorithm) -> list[float]:
@@ -35,7 +34,7 @@ def logged(model: ConstrainedOffPolicyAlgorithm, folder: Path, steps: int = 100)
     }
 
 
-def test_costs_and_losses_are_logged(tmp_path: Path, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_costs_and_losses_are_logged(tmp_path: Path, algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, cost_gamma=0.9, multiplier_kwargs=dict(learning_rate=0.01))
     row = logged(model, tmp_path)
     costs = np.mean(model.ep_cost_buffer)
@@ -54,9 +53,7 @@ def test_costs_and_losses_are_logged(tmp_path: Path, algorithm: type[Constrained
     assert row["train/multiplier"] != pytest.approx(0.6931, abs=1e-3)
 
 
-def test_each_constraint_is_logged_and_discounted_limits_in_their_unit(
-    tmp_path: Path, algorithm: type[ConstrainedOffPolicyAlgorithm]
-) -> None:
+def test_each_constraint_is_logged_and_discounted_limits_in_their_unit(tmp_path: Path, algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, make_env(n_costs=2), cost_limit=[5.0, 3.0], cost_limit_discounted=True, cost_gamma=0.9)
     row = logged(model, tmp_path)
     assert [row["train/cost_budget_0"], row["train/cost_budget_1"]] == [5.0, 3.0]
@@ -67,9 +64,7 @@ def test_each_constraint_is_logged_and_discounted_limits_in_their_unit(
     assert [row["train/episode_cost_0"], row["train/episode_cost_1"]] == pytest.approx(before.tolist())
 
 
-def test_the_limit_that_the_environment_declares_is_taken(
-    capsys: pytest.CaptureFixture[str], algorithm: type[ConstrainedOffPolicyAlgorithm]
-) -> None:
+def test_the_limit_that_the_environment_declares_is_taken(capsys: pytest.CaptureFixture[str], algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, "TwoModes-v0", cost_limit=None, verbose=1, gamma=0.9, cost_gamma=0.9)
     assert cost_limits(model) == [64.0] and model.episode_length == 100 and not model.cost_limit_discounted
     assert model.cost_budget[0] == pytest.approx(64 * (1 - 0.9**100) / 0.1 / 100)
@@ -143,7 +138,7 @@ def test_buffer_costs_match_the_environments_row_by_row() -> None:
     buffer.sample(8)
 
 
-def test_vec_normalize_leaves_costs_and_learns(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_vec_normalize_leaves_costs_and_learns(algorithm: Algorithm) -> None:
     env = VecNormalize(make_vec_env(make_env, n_envs=2))
     model = make_model_of(algorithm, env).learn(80)
     buffer = model.replay_buffer
@@ -154,7 +149,7 @@ def test_vec_normalize_leaves_costs_and_learns(algorithm: type[ConstrainedOffPol
 @pytest.mark.parametrize(
     "kwargs", [dict(n_steps=3), dict(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=dict(n_steps=3))]
 )
-def test_n_step_returns(tmp_path: Path, kwargs: dict, algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_n_step_returns(tmp_path: Path, kwargs: dict, algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, gamma=0.9, cost_gamma=0.8, **kwargs).learn(40)
     buffer = model.replay_buffer
     assert isinstance(buffer, CostNStepReplayBuffer)
@@ -166,7 +161,7 @@ def test_n_step_returns(tmp_path: Path, kwargs: dict, algorithm: type[Constraine
     assert isinstance(loaded.replay_buffer, CostNStepReplayBuffer)
 
 
-def test_her(algorithm: type[ConstrainedOffPolicyAlgorithm]) -> None:
+def test_her(algorithm: Algorithm) -> None:
     env = DummyVecEnv([lambda: gym.wrappers.TimeLimit(CostlyBitFlipping(n_bits=3, continuous=True, max_steps=3), 3)])
     kwargs = dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer, learning_starts=10, cost_limit=1.0)
     model = make_model_of(algorithm, env, buffer_size=100, **kwargs).learn(30)

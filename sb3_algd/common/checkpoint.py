@@ -326,7 +326,9 @@ def resume(
     name = manifest.get("model_class", "")
     found: Any = model_class or (pydoc.locate(name) if name else None)
     if found is None:
-        raise ValueError(f"The class of the model in {path}, {name or 'which is not noted'}, cannot be found: give model_class.")
+        raise ValueError(
+            f"The class of the model in {path}, {name or 'which is not noted'}, cannot be found: give model_class."
+        )
     model: ConstrainedOffPolicyAlgorithm = found.load(path / manifest["model"], env, device, custom_objects, force_reset=False)
     if model.n_envs != manifest["n_envs"]:
         raise ValueError(f"The interrupted run had {manifest['n_envs']} environment(s), not {model.n_envs}: give as many.")

@@ -17,8 +17,8 @@ class UncheckedGaussian(SquashedDiagGaussianDistribution):
     """
     SB3's squashed Gaussian without PyTorch's checks of its numbers.
 
-    They wait for the device, three times for each batch, and meet a divergence with an error of their own, before the algorithm
-    can set the weights back.
+    The checks wait for the device, three times for each batch. At a divergence they raise an error of their own, before the
+    algorithm can set the weights back.
     """
 
     def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> "UncheckedGaussian":
@@ -65,7 +65,7 @@ class SACLagPolicy(ConstrainedPolicy):
     def make_actor(self) -> Actor:
         """:return: SAC's actor, on the policy's device."""
         actor = Actor(**self._update_features_extractor(self.actor_kwargs))
-        actor.action_dist = UncheckedGaussian(actor.action_dist.action_dim)
+        actor.action_dist = UncheckedGaussian(actor.action_dist.action_dim)  # type: ignore[assignment]
         return actor.to(self.device)
 
 
