@@ -1,7 +1,7 @@
 """
-The Zoo's ``train``: train ALGD on a task, or tune it with ``-optimize``.
+The Zoo's ``train``: train an agent on a task, or tune its hyperparameters with ``-optimize``.
 
-    python -m sb3_algd.zoo.train --env Safexp-PointButton1-v0
+    python -m sb3_algd.zoo train --env Safexp-PointButton1-v0
 """
 
 import rl_zoo3.train
