@@ -1,5 +1,6 @@
 """Models that version 0.1.0 has saved: their arguments have other names today."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from sb3_algd.common.episode_costs import RECENT_EPISODES, EpisodeCostTracker
@@ -19,6 +20,20 @@ _IN_KWARGS = {
 _GONE = ("cuda_graph", "_cost_reported", "_missing_episode_reported", "policy_lr_schedule")
 # Options that no measurement supported, and the values that training has today
 _REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False, "guidance_coef": 1.0}
+
+
+def refuse_old_arguments(arguments: Iterable[str]) -> None:
+    """
+    Name what takes the place of arguments of version 0.1.0.
+
+    :param arguments: Names of arguments.
+    :raises ValueError: If one of them has another name today.
+    """
+    today = {old: f"{place}=dict({new}=...)" for old, (place, new) in _IN_KWARGS.items()}
+    today["policy_learning_rate"] = "actor_learning_rate"
+    for name in arguments:
+        if name in today:
+            raise ValueError(f"{name} is an argument of version 0.1.0, today it is {today[name]}.")
 
 
 class DeclaredConstraint:
