@@ -25,7 +25,7 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.envs.catalogue import OWN, SPEED, STOCK, entries
 from sb3_algd.envs.wrappers import EpisodeCost
-from sb3_algd.zoo import CONFIGS, TRAINED_AGENTS, __main__, is_constrained, plot_costs
+from sb3_algd.zoo import CONFIGS, TRAINED_AGENTS, __main__, is_constrained, plot_costs, register
 from sb3_algd.zoo.commandline import agents_to_show
 from sb3_algd.zoo.manager import CostExperimentManager
 
@@ -203,6 +203,22 @@ def test_push_to_hub_tells_the_costs(algo: str, logs: Path, monkeypatch: pytest.
     assert f"**{ALGORITHMS[algo].__name__}** Agent" in card
     assert f"python -m sb3_algd.zoo enjoy --algo {algo}" in card
     assert "-m rl_zoo3" not in card
+
+
+def test_an_algorithm_of_others_is_trained_and_enjoyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mine(SACLag):
+        """An algorithm that is not in this package."""
+
+    for table in (rl_zoo3.ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER):
+        monkeypatch.setitem(table, "mine", None)
+    register("mine", Mine)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yml").write_text(f"{ENV}:\n  n_timesteps: 120\n  policy: MlpPolicy\n")
+    main("train", "--algo", "mine", "--env", ENV, "--conf-file", "mine.yml", "--device", "cpu", "-params", *TINY)
+    main("enjoy", "--algo", "mine", "--env", ENV, "-f", "logs", "-n", 100, "--no-render", "--device", "cpu")
+    assert "limit 64: " in capsys.readouterr().out
 
 
 def test_an_agent_to_show_takes_no_memory(algo: str, logs: Path) -> None:
