@@ -365,9 +365,9 @@ def test_it_learns_the_best_policy_within_its_limit() -> None:
         multiplier_kwargs=dict(learning_rate=3e-3),
         policy_kwargs=dict(net_arch=[32, 32]),
     )
-    model.learn(1500)
+    model.learn(1000)
     mean_reward, _, mean_cost, _ = evaluate_policy(model, env, 20, warn=False)
-    assert 4.0 < mean_reward < 5.5
-    assert 1.8 < mean_cost < 2.9
+    assert 4.5 < mean_reward < 5.3
+    assert 2.1 < mean_cost < 2.8
     # The derivative of a - multiplier * a ** 2 is 0 at 0.5
-    assert float(model.lagrange_multiplier.value) == pytest.approx(1.0, abs=0.35)
+    assert float(model.lagrange_multiplier.value) == pytest.approx(1.0, abs=0.1)
