@@ -171,7 +171,7 @@ def test_an_observation_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 # --- limit, unit and budget ------------------------------------------------------------------------------------------
 
-DISCOUNTED = dict(cost_limit=15.0, cost_limit_discounted=True)
+DISCOUNTED: dict[str, Any] = dict(cost_limit=15.0, cost_limit_discounted=True)
 
 
 def test_a_limit_is_in_the_unit_that_the_environment_declares() -> None:
@@ -234,14 +234,13 @@ def test_everything_follows_a_new_discount(tmp_path: Path) -> None:
     model.learn(20)
     model.save(tmp_path / "model")
     loaded = ALGD.load(tmp_path / "model", make_env(), cost_gamma=0.5)
+    model.cost_gamma = 0.5
     for changed in (loaded, model):
-        changed.cost_gamma = 0.5
         changed.learn(20, reset_num_timesteps=False)
         assert changed._cost_tracker is not None
         assert changed._cost_tracker.discounted_costs[-1] == pytest.approx(2 - 0.5**9)
-        assert changed.replay_buffer is not None
-        discounts = changed.replay_buffer.sample(50).cost_discounts  # type: ignore[union-attr]
-        assert set(discounts.flatten().tolist()) <= {0.5, 0.25}
+        buffer: Any = changed.replay_buffer
+        assert set(buffer.sample(50).cost_discounts.flatten().tolist()) <= {0.5, 0.25}
 
 
 def test_costs_are_read_with_a_new_key() -> None:

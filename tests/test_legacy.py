@@ -75,8 +75,8 @@ def test_training_goes_on(diffusion: str, tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     loaded = ALGD.load(tmp_path / "model", device="cpu")
     assert loaded.multiplier_kwargs == model.multiplier_kwargs and loaded.score_kwargs == model.score_kwargs
-    actions = [each.predict(OBSERVATION, deterministic=True)[0] for each in (model, loaded)]
-    np.testing.assert_array_equal(*actions)
+    actions, again = (each.predict(OBSERVATION, deterministic=True)[0] for each in (model, loaded))
+    np.testing.assert_array_equal(actions, again)
 
 
 def test_costs_of_the_last_episodes_are_kept() -> None:
