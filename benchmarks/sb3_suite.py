@@ -49,10 +49,10 @@ def no_cost(info: dict[str, Any]) -> float:
 def make_substitute(name: str) -> type[ConstrainedOffPolicyAlgorithm]:
     """
     :param name: A key of ``ALGORITHMS``.
-    :return: The algorithm with SAC's signature, and with what SB3's test environments do not declare: costs, limit and horizon.
+    :return: The algorithm with SAC's signature, and with what SB3's test environments do not declare: costs, limit, horizon.
     """
 
-    class SubstituteForSAC(ALGORITHMS[name]):  # type: ignore[misc]
+    class SubstituteForSAC(ALGORITHMS[name]):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs = {key: value for key, value in kwargs.items() if key not in SAC_ONLY[name]}
             super().__init__(*args, **{"cost_limit": 25.0, "episode_length": 1000, "cost_key": no_cost, **kwargs})
@@ -83,7 +83,11 @@ def takes_part(item: pytest.Function) -> bool:
 
 
 def reason_against(item: pytest.Function, algorithm: str) -> str | None:
-    """:param item: A test with SAC. :param algorithm: What is in its place. :return: Why it does not apply, None if it does."""
+    """
+    :param item: A test with SAC.
+    :param algorithm: What is in the place of SAC, a key of ``ALGORITHMS``.
+    :return: Why the test does not apply, None if it does.
+    """
     if item.path.stem == "test_sde" or (hasattr(item, "callspec") and item.callspec.params.get("use_sde")):
         return GSDE
     if item.originalname == "test_n_steps_warns_with_custom_replay_buffer_class":
