@@ -4,9 +4,10 @@ Ask the cost critics of trained models what the policy is going to pay, and let 
     python -m benchmarks.calibration --tasks Safexp-PointButton2-v0 --algorithms algd-ve sac-lagrangian
 
 For each run that has left its model (``python -m benchmarks.run --save``) a line in ``calibration.csv``, beside the learning
-curves: means over the steps of 20 stochastic episodes of what the cost critics expect of the action that was taken, of the risk
-that the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end of
-the episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played again.
+curves: means over the steps of 20 stochastic episodes of what the cost critics expect of the action that was taken, of the
+risk that the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end
+of the episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played
+again.
 
 The last ``2 / (1 - cost_gamma)`` steps or so before the time limit are left out, because their costs go on after it: what was
 paid is too low by what comes so late that it is discounted to 14 % or less. The models are those of ``benchmarks.run``, which

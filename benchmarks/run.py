@@ -58,6 +58,7 @@ def do(run: Run, on_row: Callable[[BaseAlgorithm, Row], None] | None = None, **k
         settings.task,
         run.csv,
         settings.steps,
+        {**settings.kwargs, **kwargs},
         seed=run.seed,
         device=settings.device,
         n_envs=settings.n_envs,
@@ -70,7 +71,6 @@ def do(run: Run, on_row: Callable[[BaseAlgorithm, Row], None] | None = None, **k
         log_folder=run.folder / f"seed{run.seed}_log" if run.log else None,
         checkpoint=run.checkpoint,
         checkpoint_every=settings.checkpoint_every,
-        **{**settings.kwargs, **kwargs},
     )
 
 

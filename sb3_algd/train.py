@@ -63,6 +63,7 @@ def train(
     task: str,
     curve: Path,
     steps: int,
+    model_kwargs: dict[str, Any] | None = None,
     *,
     seed: int = 0,
     device: str = "auto",
@@ -79,7 +80,6 @@ def train(
     checkpoint_every: int | None = None,
     progress_bar: bool = False,
     keep_interrupted: bool = False,
-    **kwargs: Any,
 ) -> BaseAlgorithm:
     """
     One training run with its learning curve, of any of SB3's algorithms.
@@ -89,6 +89,7 @@ def train(
     :param task: Gymnasium id
     :param curve: CSV file of the learning curve, which is there when training has ended
     :param steps: Environment steps
+    :param model_kwargs: Further arguments of the algorithm
     :param seed: Seed of the model, the environments and the evaluations
     :param device: Device of the model
     :param n_envs: Number of training environments
@@ -105,7 +106,6 @@ def train(
     :param checkpoint_every: Environment steps between checkpoints. None for none
     :param progress_bar: Whether a progress bar is shown
     :param keep_interrupted: Whether Ctrl-C ends training early and keeps what was learned, instead of ending the program
-    :param kwargs: Further arguments of the algorithm
     :return: The trained model
     """
     env = make_envs(task, n_envs, seed=seed)
@@ -130,7 +130,7 @@ def train(
         print(f"{curve}: goes on from step {read_manifest(checkpoint)['num_timesteps']}", flush=True)
         model = resume(checkpoint, env, callbacks, progress_bar=progress_bar, device=device)
     else:
-        model = model_class(policy, env, seed=seed, device=device, **kwargs)
+        model = model_class(policy, env, seed=seed, device=device, **(model_kwargs or {}))
         if log_folder is not None:
             model.set_logger(configure(str(log_folder), ["csv"]))
         try:
@@ -194,6 +194,7 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
         args.env,
         folder / "learning_curve.csv",
         args.steps,
+        kwargs,
         seed=args.seed,
         device=args.device,
         eval_every=args.eval_every,
@@ -203,7 +204,6 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
         model_path=folder / "model.zip",
         progress_bar=True,
         keep_interrupted=True,
-        **kwargs,
     )
     assert isinstance(model, CostAwareAlgorithm)
     return model
