@@ -198,7 +198,8 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         :param truncate_last_traj: See SB3, for goal-conditioned buffers.
         :raises ValueError: If the buffer has no costs, another number of them, or is of another kind; the present one stays.
         """
-        present = self.replay_buffer
+        # The user may have deleted it to make room
+        present = getattr(self, "replay_buffer", None)
         try:
             super().load_replay_buffer(path, truncate_last_traj)
             loaded = self.replay_buffer
@@ -209,8 +210,7 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
                 f"The replay buffer in {path} holds no costs ({type(loaded).__name__}), but the model has "
                 f"{self.n_constraints} constraint(s): load one that was saved by a model with constraints."
             )
-        if present is not None:
-            loaded.adopt_settings(present)
+        loaded.adopt_settings(self._make_replay_buffer() if present is None else present)
         self.replay_buffer = loaded
 
     # --- rollouts ---------------------------------------------------------------------------------------------------------
