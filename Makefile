@@ -41,7 +41,7 @@ pytest: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov $(ARGS)
 
 benchmark: install
-	$(BIN)/python benchmarks/speed.py $(ARGS)
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 type: install
 	$(BIN)/mypy

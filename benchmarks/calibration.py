@@ -1,16 +1,17 @@
 """
 Ask the cost critics of trained models what the policy is going to pay, and let it play to see what it pays.
 
-    python benchmarks/calibration.py --tasks Safexp-PointButton2-v0 --algorithms algd-ve sac-lagrangian
+    python -m benchmarks.calibration --tasks Safexp-PointButton2-v0 --algorithms algd-ve sac-lagrangian
 
-For each run that has left its model (``benchmarks/run.py --save``) a line in ``calibration.csv``, beside the learning curves:
-means over the steps of 20 stochastic episodes of what the cost critics expect of the action that was taken, of the risk that
-the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end of the
-episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played again.
+For each run that has left its model (``python -m benchmarks.run --save``) a line in ``calibration.csv``, beside the learning
+curves: means over the steps of 20 stochastic episodes of what the cost critics expect of the action that was taken, of the
+risk that the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end
+of the episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played
+again.
 
 The last ``2 / (1 - cost_gamma)`` steps or so before the time limit are left out, because their costs go on after it: what was
-paid is too low by what comes so late that it is discounted to 14 % or less. The models are those of ``run.py``, which have no
-``VecNormalize``; to measure a run that was repeated, delete its line.
+paid is too low by what comes so late that it is discounted to 14 % or less. The models are those of ``benchmarks.run``, which
+have no ``VecNormalize``; to measure a run that was repeated, delete its line.
 """
 
 import argparse
@@ -22,14 +23,15 @@ from typing import Any
 import numpy as np
 import torch as th
 import yaml
-from run import ALGORITHMS, RESULTS
 
-from sb3_algd import ALGD
-from sb3_algd.buffers import read_costs
-from sb3_algd.constraint import declared_by_env
-from sb3_algd.evaluation import evaluate_policy
-from sb3_algd.lagrangian import estimate_risk
-from sb3_algd.recorder import EVAL_SEED, make_envs, preserved_random_state
+from benchmarks.settings import ALGORITHMS, RESULTS
+from sb3_algd import evaluate_policy
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.constraint import declared_by_env
+from sb3_algd.common.episode_costs import read_costs
+from sb3_algd.common.lagrange import estimate_risk
+from sb3_algd.common.random_state import preserved_random_state
+from sb3_algd.common.recorder import evaluation_seed, make_envs
 
 FILE = "calibration.csv"
 COLUMNS = ("seed", "step", "budget", "expected", "risk", "paid", "paid_error", "n_steps")
@@ -44,7 +46,7 @@ class Episodes:
     :param n_counted: How many steps of each episode count, from its start; all if None.
     """
 
-    def __init__(self, model: ALGD, n_counted: int | None) -> None:
+    def __init__(self, model: ConstrainedOffPolicyAlgorithm, n_counted: int | None) -> None:
         self.model = model
         self.n_counted = n_counted
         #: For each episode and step that counts: expectation of the critics, risk, discounted cost from there on
@@ -105,13 +107,13 @@ def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -
     """
     :param path: A saved model.
     :param task: Its task.
-    :param algorithm: Its algorithm, a key of ``run.ALGORITHMS``.
+    :param algorithm: Its algorithm, a key of ``benchmarks.settings.ALGORITHMS``.
     :param seed: The seed of its run.
     :param n_episodes: How many episodes are played.
     :return: The line of this model.
     """
     model_class = ALGORITHMS[algorithm][0]
-    if not issubclass(model_class, ALGD):
+    if not issubclass(model_class, ConstrainedOffPolicyAlgorithm):
         sys.exit(f"{path}: {algorithm} has no cost critic that could be asked.")
     model = model_class.load(path, device="cpu")
     if model.n_constraints != 1 or model.cost_gamma == 1.0:
@@ -123,8 +125,8 @@ def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -
         sys.exit(f"{task}: its episodes are shorter than 2 / (1 - cost_gamma) steps, so that no step can be counted.")
     played = Episodes(model, n_counted)
     with preserved_random_state(model.device):
-        th.manual_seed(EVAL_SEED * (seed + 1))
-        env.seed(EVAL_SEED * (seed + 1))
+        th.manual_seed(evaluation_seed(seed))
+        env.seed(evaluation_seed(seed))
         evaluate_policy(model, env, n_episodes, deterministic=False, callback=played)
     env.close()
     steps = np.concatenate(played.episodes)
@@ -134,7 +136,7 @@ def measure(path: Path, task: str, algorithm: str, seed: int, n_episodes: int) -
 
 
 def algorithm_of(folder: Path) -> str:
-    """:param folder: A results folder. :return: Key of ``run.ALGORITHMS`` of what was run there."""
+    """:param folder: A results folder. :return: Key of ``benchmarks.settings.ALGORITHMS`` of what was run there."""
     return str(yaml.safe_load((folder / "settings.yaml").read_text())["algorithm"])
 
 
@@ -178,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{task}/{name}/seed{seed}: " + ", ".join(f"{key} {line[key]:.3g}" for key in COLUMNS[2:7]), flush=True)
                 write_lines(folder / FILE, [lines[key] for key in sorted(lines)])
     if without:
-        sys.exit(f"No models in {', '.join(without)}: keep them with benchmarks/run.py --save")
+        sys.exit(f"No models in {', '.join(without)}: keep them with python -m benchmarks.run --save")
 
 
 if __name__ == "__main__":

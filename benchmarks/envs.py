@@ -1,7 +1,7 @@
 """
 Measure how fast the environments are, against the bare package where there is one.
 
-    python benchmarks/envs.py [--ids ...] [--steps 2000] [--out benchmarks/results/environments.csv]
+    python -m benchmarks.envs [--ids ...] [--steps 2000] [--out benchmarks/results/environments.csv]
 
 Single environments are timed in CPU seconds, so that other programs do not count; two workers in seconds on the clock, for
 which the machine should have nothing else to do. The environments that are compared take turns. Prints a Markdown table and

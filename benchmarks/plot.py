@@ -1,13 +1,13 @@
 """
-Draw the figures and write the tables of what ``benchmarks/run.py`` has left.
+Draw the figures and write the tables of what ``benchmarks.run`` has left.
 
-    python benchmarks/plot.py [--tasks ...] [--algorithms ...] [--out docs/img] [--page docs/results.md]
+    python -m benchmarks.plot [--tasks ...] [--algorithms ...] [--out docs/img] [--page docs/results.md]
 
 For each task a figure of the algorithms and one of the experiments (runs with a ``--name`` of their own), those with
 several seeds if there are such. On standard output, for either of them, one Markdown table of the last quarter of the
 evaluations and one of the ends of the runs. With ``--page`` these tables also replace those of a Markdown page, each under
 its marker ``<!-- table: <heading> -->``; a table that has no marker there is named. One more table compares ALGD on all
-tasks with the best of the others that keep the limit on average, and one has what ``benchmarks/calibration.py`` has left.
+tasks with the best of the others that keep the limit on average, and one has what ``benchmarks.calibration`` has left.
 
 Statistics over seeds and evaluations, with a 95 % bootstrap interval: the interquartile mean of returns, and the mean of
 costs, which the limit is about. Whole seeds are drawn, because the evaluations of one seed are alike; with three seeds the
@@ -26,11 +26,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import yaml
-from calibration import FILE, read_lines
-from run import ALGORITHMS, RESULTS
 from scipy.stats import bootstrap, trim_mean  # type: ignore[import-untyped]
 
 import sb3_algd.envs  # noqa: F401  registers the tasks
+from benchmarks.calibration import FILE, read_lines
+from benchmarks.settings import ALGORITHMS, RESULTS
 from sb3_algd.plotting import Curve, plot_learning_curves, read_curve
 
 #: The curves of one algorithm's runs, by their seeds in ascending order
@@ -202,7 +202,7 @@ def calibration_table(results: Path, algorithms: dict[str, list[str]]) -> str | 
     """
     :param results: The results folder.
     :param algorithms: For each task its algorithms and experiments.
-    :return: The table of what ``calibration.py`` has left, None if there is nothing.
+    :return: The table of what ``benchmarks.calibration`` has left, None if there is nothing.
     """
     rows = []
     for task, names in algorithms.items():
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--page takes whole tables, with --algorithms they would lose rows: leave one of them out")
     found = collect(args.results, args.tasks, args.algorithms)
     if not found:
-        sys.exit(f"No finished runs in {args.results}: make some with benchmarks/run.py")
+        sys.exit(f"No finished runs in {args.results}: make some with python -m benchmarks.run")
     settings = {task: read_settings(args.results, task, algorithms) for task, algorithms in found.items()}
     tables: dict[str, str] = {}
     for task, algorithms in found.items():

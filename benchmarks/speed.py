@@ -2,8 +2,8 @@
 How fast ALGD updates and acts, as ratios to SB3's SAC measured in the same run.
 
     make benchmark                                    # everything, about 10 minutes; writes benchmarks/results/speed
-    python benchmarks/speed.py --parts updates --rounds 15
-    python benchmarks/speed.py --trained runs/Safexp-PointButton1-v0_1/model.zip   # updates in an actual training
+    python -m benchmarks.speed --parts updates --rounds 15
+    python -m benchmarks.speed --trained runs/Safexp-PointButton1-v0_1/model.zip   # updates in an actual training
 
 The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, 4 cost critics, 4 score
 samples, 5 denoising steps. SAC has two hidden layers of 256, as ALGD's critics. Each model has a process of its own, as in a
@@ -32,7 +32,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils.flop_counter import FlopCounterMode
 
-from sb3_algd import ALGD
+from sb3_algd import ALGD, SACLag
+from sb3_algd.common.memory import keep_freed_memory
 
 BATCH_SIZE = 256
 #: Changes of the standard setting for the table of growth: name -> (keyword arguments, batch size, number of constraints)
@@ -42,8 +43,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "batch 1024": ({}, 1024, 1),
     "2 denoising steps": (dict(policy_kwargs=dict(denoising_steps=2)), 256, 1),
     "10 denoising steps": (dict(policy_kwargs=dict(denoising_steps=10)), 256, 1),
-    "1 score sample": (dict(n_score_samples=1), 256, 1),
-    "16 score samples": (dict(n_score_samples=16), 256, 1),
+    "1 score sample": (dict(score_kwargs=dict(n_samples=1)), 256, 1),
+    "16 score samples": (dict(score_kwargs=dict(n_samples=16)), 256, 1),
     "1 cost critic": (dict(policy_kwargs=dict(n_cost_critics=1)), 256, 1),
     "8 cost critics": (dict(policy_kwargs=dict(n_cost_critics=8)), 256, 1),
     "critics 64, 64": (dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[64, 64]))), 256, 1),
@@ -82,11 +83,11 @@ class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
 
 def make_model(kind: str, device: str, n_constraints: int = 1, n_envs: int = 1, **kwargs: Any) -> OffPolicyAlgorithm:
     """
-    :param kind: ``sac``, ``ve`` or ``ddpm``.
+    :param kind: ``sac``, ``sac_lag``, ``ve`` or ``ddpm``.
     :param device: Device.
     :param n_constraints: Number of constraints.
     :param n_envs: Number of environments.
-    :param kwargs: Keyword arguments of ALGD.
+    :param kwargs: Keyword arguments of the algorithm.
     :return: A model with a filled replay buffer, after a few updates.
     """
     env = DummyVecEnv([lambda: gym.wrappers.TimeLimit(RandomEnv(n_constraints), 400)] * n_envs)
@@ -94,6 +95,8 @@ def make_model(kind: str, device: str, n_constraints: int = 1, n_envs: int = 1, 
     model: OffPolicyAlgorithm
     if kind == "sac":
         model = SAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256]), **common)
+    elif kind == "sac_lag":
+        model = SACLag("MlpPolicy", env, **common, **kwargs)
     else:
         policy_kwargs = {"diffusion": kind, **kwargs.pop("policy_kwargs", {})}
         model = ALGD("DiffusionPolicy", env, policy_kwargs=policy_kwargs, **common, **kwargs)
@@ -198,9 +201,6 @@ def learn(gradient_steps: int, model: OffPolicyAlgorithm, count: int) -> None:
 
 def make_sac_that_keeps_memory(device: str) -> OffPolicyAlgorithm:
     """SAC with the setting of the C library that ALGD makes."""
-    # Not at the top: the project's first version, which this file also measures, has no such module
-    from sb3_algd.acceleration import keep_freed_memory
-
     keep_freed_memory()
     return make_model("sac", device)
 
@@ -229,19 +229,17 @@ def measure_updates(rounds: int, device: str, chosen: list[str] | None = None) -
     makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
     if device == "cpu":
         makers["sac, freed memory kept"] = partial(make_sac_that_keeps_memory, device)
+    makers["sac_lag"] = partial(make_model, "sac_lag", device)
     for kind in ("ve", "ddpm"):
         make = partial(make_model, kind, device)
         makers[f"algd-{kind}"] = make
         makers[f"algd-{kind}, constraint not active"] = partial(make, cost_limit=1e6)
         makers[f"algd-{kind}, bfloat16"] = partial(make, reduced_precision=True)
-        if device == "cuda":
-            makers[f"algd-{kind}, graph"] = partial(make, cuda_graph=True)
-            makers[f"algd-{kind}, graph, bfloat16"] = partial(make, cuda_graph=True, reduced_precision=True)
     names = [name for name in makers if chosen is None or name in ("sac", *chosen)]
     models = {name: ModelProcess(makers[name], device) for name in names}
     count = 200 if device == "cuda" else 20
     tasks = {name: partial(model.rate, train, count) for name, model in models.items()}
-    for name in ("sac", "algd-ve", "algd-ve, graph"):
+    for name in ("sac", "algd-ve"):
         if name in models:
             tasks[f"{name}, one per call"] = partial(models[name].rate, train_one_by_one, count)
     return compare(tasks, rounds, "sac")

@@ -1,7 +1,7 @@
 """
 Show on a task with a known answer that ALGD finds the constrained optimum, and both ways to reach it.
 
-    python benchmarks/toy.py
+    python -m benchmarks.toy
 
 ``TwoModes-v0``, both diffusion types, three seeds, one run after the other in this process with one thread. Each leaves its
 learning curve, ``seed<k>.csv``, and the share of its actions at each of the two modes, ``modes_seed<k>.csv``. A run that has
@@ -17,13 +17,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from run import RESULTS, Run, Settings, make_recorder, prepare_folder
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_algd import ALGD
+from benchmarks.run import do
+from benchmarks.settings import RESULTS, Run, Settings, prepare_folder
+from sb3_algd.common.random_state import preserved_random_state
+from sb3_algd.common.recorder import Row, describe
 from sb3_algd.envs.toy import TwoModesEnv
 from sb3_algd.plotting import read_curve
-from sb3_algd.recorder import Row, describe, make_envs, preserved_random_state
 
 TASK = "TwoModes-v0"
 #: Actions that mode shares are counted over
@@ -38,7 +40,7 @@ HEADER = (
 COMMON: dict[str, Any] = dict(
     # Small networks and quick targets for a small task, whose next target is drawn afresh: a short horizon will do
     learning_rate=3e-3,
-    policy_learning_rate=3e-3,
+    actor_learning_rate=3e-3,
     batch_size=64,
     tau=0.02,
     target_update_interval=1,
@@ -48,11 +50,10 @@ COMMON: dict[str, Any] = dict(
     # The stored actions of the warm-up say nothing about what the policy costs now
     multiplier_signal="policy",
     # The rest of what concerns the constraint as in the paper
-    multiplier_space="log",
-    multiplier_learning_rate=3e-4,
+    multiplier_kwargs=dict(space="log", learning_rate=3e-4),
     bound_cost_targets=False,
     # The consistent choice: scores are learned in the states that the chain asks for them
-    score_pairing="before",
+    score_kwargs=dict(pairing="before"),
 )
 #: Arguments of ALGD for each type; a learning rate with ``lin_`` falls linearly to 0, as in the RL Zoo
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -60,21 +61,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         **COMMON,
         # Rewards are about 1: at temperature 1 the Boltzmann distribution would be as wide as the box. A score that is 50
         # times larger needs smaller steps, whose size is the noise's variance
-        "score_temperature": 0.02,
+        "score_kwargs": {"pairing": "before", "temperature": 0.02},
         "policy_kwargs": {"diffusion": "ve", "net_arch": [64, 64], "diffusion_kwargs": {"sigma_max": 0.2}},
     },
     "algd-ddpm": {
         **COMMON,
-        # The chain has hardly any noise of its own. The guidance loss then moves the border between the two modes until one of
-        # them is gone, since samples near the border are worse than the others; the score has no such preference
-        "guidance_coef": 0.0,
-        "score_coef": 1.0,
+        # The chain has hardly any noise of its own. The policy loss through the chain then moves the border between the two
+        # modes until one of them is gone, since samples near the border are worse than the others; the score has no such
+        # preference. With this weight the policy loss counts for nothing beside it
+        "score_coef": 1e6,
         # A margin below the limit, from the cost critics' disagreement
         "cost_risk_coef": 3.0,
         # Falling to 0. At a constant rate this type's cost moves around the limit from one evaluation to the next. The other
         # type learns steep scores, which takes the full rate until the end
-        "policy_learning_rate": "lin_3e-3",
-        # Without guidance only the push along the score moves samples: it has to take them all the way, 10 * 0.2
+        "actor_learning_rate": "lin_3e-3",
+        # Then only the push along the score moves samples: it has to take them all the way, 10 * 0.2
         "policy_kwargs": {
             "diffusion": "ddpm",
             "net_arch": [64, 64],
@@ -88,7 +89,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 STEPS = {"algd-ve": 2000, "algd-ddpm": 1500}
 
 
-def mode_shares(model: ALGD) -> tuple[float, float]:
+def mode_shares(model: BaseAlgorithm) -> tuple[float, float]:
     """
     :param model: A model of the task.
     :return: Shares of its stochastic actions at the left and at the right mode. Leaves the random generators as they were.
@@ -104,24 +105,19 @@ def mode_shares(model: ALGD) -> tuple[float, float]:
 
 def train(run: Run) -> None:
     """:param run: The run to do, from start to end."""
-    settings = run.settings
-    env = make_envs(settings.task, seed=run.seed)
-    kwargs = dict(settings.kwargs)
-    rate = kwargs["policy_learning_rate"]
+    rate = run.settings.kwargs["actor_learning_rate"]
     if isinstance(rate, str):
-        kwargs["policy_learning_rate"] = LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
-    model = ALGD("DiffusionPolicy", env, seed=run.seed, device=settings.device, **kwargs)
+        rate = LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
     modes = [("step", "left", "right")]
 
-    def on_row(row: Row) -> None:
+    def on_row(model: BaseAlgorithm, row: Row) -> None:
         left, right = mode_shares(model)
         modes.append((f"{row['step']:.0f}", f"{left:.4g}", f"{right:.4g}"))
         with (run.folder / f"modes_seed{run.seed}.csv").open("w", newline="") as file:
             csv.writer(file).writerows(modes)
         print(f"{run.label}: {describe(row)}, modes {left:.2f} and {right:.2f}", flush=True)
 
-    model.learn(settings.steps, callback=make_recorder(run, on_row))
-    env.close()
+    do(run, on_row, actor_learning_rate=rate)
 
 
 def table_row(run: Run) -> tuple[str, bool]:
@@ -177,7 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
             kwargs=ARGUMENTS[algorithm],
         )
         folder = args.out / TASK / algorithm
-        prepare_folder(folder, settings)
+        command = ["-m", "benchmarks.toy", *(sys.argv[1:] if arguments is None else arguments)]
+        prepare_folder(folder, settings, args.seeds, command)
         runs += [Run(settings, seed, folder, log=False, save=False) for seed in args.seeds]
     # Seed by seed, so that an interrupted grid has something to say about both types
     for run in sorted(runs, key=lambda run: run.seed):

@@ -3,27 +3,148 @@ The first ten minutes: train ALGD on a safety task, and leave the model, its lea
 
     python -m sb3_algd.train
     python -m sb3_algd.train --env SafetyPointGoal1-v0 --steps 100000 --minutes 600
+
+:func:`train` is one training run with its learning curve; the benchmarks are made of it too.
 """
 
 import argparse
 import importlib.util
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import get_latest_run_id
 
-from sb3_algd import ALGD, evaluate_policy
+from sb3_algd import ALGD, SACLag, evaluate_policy
 from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
-from sb3_algd.common.recorder import LearningCurveRecorder, describe, evaluation_seed, make_envs
+from sb3_algd.common.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
+from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
+from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
 
 # The networks are small: more threads than this wait for each other longer than they compute
 MAX_THREADS = 4
 N_FINAL_EPISODES = 20
+#: Class and policy of each algorithm
+ALGORITHMS: dict[str, tuple[type[CostAwareAlgorithm], str]] = {
+    "algd": (ALGD, "DiffusionPolicy"),
+    "sac_lag": (SACLag, "MlpPolicy"),
+}
+
+
+class ModelSaver(BaseCallback):
+    """
+    Save the model when training has ended. It goes before the recorder, whose CSV says that there is nothing left to do.
+
+    :param path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.model.save(self.path)
+
+
+def train(
+    model_class: type[BaseAlgorithm],
+    policy: str,
+    task: str,
+    curve: Path,
+    steps: int,
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    n_envs: int = 1,
+    eval_every: int = 2000,
+    n_episodes: int = 20,
+    n_deterministic: int = 1,
+    cost_gamma: float | None = None,
+    on_row: Callable[[BaseAlgorithm, Row], None] | None = None,
+    minutes: float | None = None,
+    model_path: Path | None = None,
+    log_folder: Path | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int | None = None,
+    progress_bar: bool = False,
+    keep_interrupted: bool = False,
+) -> BaseAlgorithm:
+    """
+    One training run with its learning curve, of any of SB3's algorithms.
+
+    :param model_class: The algorithm
+    :param policy: Name of its policy
+    :param task: Gymnasium id
+    :param curve: CSV file of the learning curve, which is there when training has ended
+    :param steps: Environment steps
+    :param model_kwargs: Further arguments of the algorithm
+    :param seed: Seed of the model, the environments and the evaluations
+    :param device: Device of the model
+    :param n_envs: Number of training environments
+    :param eval_every: Environment steps between two points of the curve
+    :param n_episodes: Stochastic episodes of an evaluation
+    :param n_deterministic: Deterministic episodes of an evaluation
+    :param cost_gamma: Discount factor of evaluated costs. None for the unit of the model's limit
+    :param on_row: Called with the model and each new row of the curve
+    :param minutes: Time after which training ends in any case. None for no such limit
+    :param model_path: Where the model is saved when training has ended. None for nowhere
+    :param log_folder: Where everything that the algorithm logs is kept, as CSV. None for nowhere
+    :param checkpoint: Folder of a checkpoint. If an interrupted run has left one there this run goes on from it; it is removed
+        at the end
+    :param checkpoint_every: Environment steps between checkpoints. None for none
+    :param progress_bar: Whether a progress bar is shown
+    :param keep_interrupted: Whether Ctrl-C ends training early and keeps what was learned, instead of ending the program
+    :return: The trained model
+    """
+    env = make_envs(task, n_envs, seed=seed)
+    callbacks: list[BaseCallback] = [] if model_path is None else [ModelSaver(model_path)]
+    recorder = LearningCurveRecorder(
+        curve,
+        lambda n: make_envs(task, n),
+        eval_freq=eval_every,
+        n_episodes=n_episodes,
+        n_deterministic=n_deterministic,
+        seed=seed,
+        cost_gamma=cost_gamma,
+        on_row=None if on_row is None else lambda row: on_row(recorder.model, row),
+    )
+    callbacks.append(recorder)
+    if minutes is not None:
+        callbacks.append(StopTrainingOnTimeLimit(60 * minutes, verbose=1))
+    if checkpoint is not None and checkpoint_every is not None:
+        callbacks.append(ResumableCheckpointCallback(checkpoint_every, checkpoint))
+    model: BaseAlgorithm
+    if checkpoint is not None and (checkpoint / MANIFEST).exists():
+        print(f"{curve}: goes on from step {read_manifest(checkpoint)['num_timesteps']}", flush=True)
+        model = resume(checkpoint, env, callbacks, progress_bar=progress_bar, device=device)
+    else:
+        model = model_class(policy, env, seed=seed, device=device, **(model_kwargs or {}))
+        if log_folder is not None:
+            model.set_logger(configure(str(log_folder), ["csv"]))
+        try:
+            model.learn(steps, callback=CallbackList(callbacks), progress_bar=progress_bar)
+        except KeyboardInterrupt:
+            if not keep_interrupted:
+                raise
+            print("Interrupted: keeping what was learned so far")
+            for callback in callbacks:
+                callback.on_training_end()
+    env.close()
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return model
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -32,7 +153,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m sb3_algd.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--env", default="Safexp-PointButton1-v0", help="Gymnasium id of the task")
-    parser.add_argument("--diffusion", default="ve", choices=["ve", "ddpm"], help="type of the diffusion policy")
+    parser.add_argument("--algo", default="algd", choices=list(ALGORITHMS), help="the algorithm")
+    parser.add_argument("--diffusion", default="ve", choices=["ve", "ddpm"], help="type of ALGD's diffusion policy")
     parser.add_argument("--steps", type=int, default=8000, help="environment steps, unless time is up before")
     parser.add_argument("--minutes", type=float, default=8.5, help="time for training")
     parser.add_argument("--eval-every", type=int, default=1000, help="environment steps between two points of the curve")
@@ -53,7 +175,7 @@ def new_folder(parent: Path, env_id: str) -> Path:
     return folder
 
 
-def train(args: argparse.Namespace, folder: Path) -> ALGD:
+def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm:
     """
     Train until steps or time are used up; Ctrl-C ends training early and keeps what was learned.
 
@@ -61,36 +183,33 @@ def train(args: argparse.Namespace, folder: Path) -> ALGD:
     :param folder: Where the model and the learning curve go.
     :return: The trained model.
     """
-    env = make_envs(args.env, seed=args.seed)
-    model = ALGD(
-        "DiffusionPolicy",
-        env,
+    model_class, policy = ALGORITHMS[args.algo]
+    kwargs: dict[str, Any] = {}
+    if args.algo == "algd":
         # The DDPM type soon is nearly deterministic: with 100 random steps it can get stuck before it has seen anything
-        learning_starts=2000 if args.diffusion == "ddpm" else 100,
-        policy_kwargs={"diffusion": args.diffusion},
+        kwargs = {"policy_kwargs": {"diffusion": args.diffusion}, "learning_starts": 2000 if args.diffusion == "ddpm" else 100}
+    model = train(
+        model_class,
+        policy,
+        args.env,
+        folder / "learning_curve.csv",
+        args.steps,
+        kwargs,
         seed=args.seed,
         device=args.device,
-    )
-    recorder = LearningCurveRecorder(
-        folder / "learning_curve.csv",
-        lambda n_envs: make_envs(args.env, n_envs),
-        eval_freq=args.eval_every,
+        eval_every=args.eval_every,
         n_episodes=5,
-        seed=args.seed,
-        on_row=lambda row: print(describe(row), flush=True),
+        on_row=lambda model, row: print(describe(row), flush=True),
+        minutes=args.minutes,
+        model_path=folder / "model.zip",
+        progress_bar=True,
+        keep_interrupted=True,
     )
-    time_limit = StopTrainingOnTimeLimit(60 * args.minutes, verbose=1)
-    try:
-        model.learn(args.steps, callback=CallbackList([recorder, time_limit]), progress_bar=True)
-    except KeyboardInterrupt:
-        print("Interrupted: keeping what was learned so far")
-        recorder.on_training_end()
-    model.save(folder / "model")
-    env.close()
+    assert isinstance(model, CostAwareAlgorithm)
     return model
 
 
-def report(model: ALGD, env_id: str, seed: int) -> None:
+def report(model: CostAwareAlgorithm, env_id: str, seed: int) -> None:
     """
     Print return and cost of the trained model beside its limit.
 
@@ -120,11 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     th.set_num_threads(min(th.get_num_threads(), MAX_THREADS))
     folder = new_folder(args.out, args.env)
-    print(f"Training ALGD on {args.env}: {args.steps} steps or {args.minutes:g} minutes, whichever comes first")
-    model = train(args, folder)
+    name = ALGORITHMS[args.algo][0].__name__
+    print(f"Training {name} on {args.env}: {args.steps} steps or {args.minutes:g} minutes, whichever comes first")
+    model = train_as_asked(args, folder)
     curve = read_curve(folder / "learning_curve.csv")
-    title = f"ALGD ({args.diffusion}) on {args.env}, seed {args.seed}"
-    plot_learning_curves({"ALGD": [curve]}, folder / "learning_curve.png", title, np.asarray(model.cost_limit).item())
+    described = f"{name} ({args.diffusion})" if args.algo == "algd" else name
+    title = f"{described} on {args.env}, seed {args.seed}"
+    plot_learning_curves({name: [curve]}, folder / "learning_curve.png", title, np.asarray(model.cost_limit).item())
     report(model, args.env, args.seed)
     print(
         f"\nAll in {(time.monotonic() - started) / 60:.1f} minutes. Left in {folder}: model.zip, learning_curve.csv and .png"

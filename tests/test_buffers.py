@@ -10,18 +10,17 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_algd.buffers import (
+from sb3_algd.common.buffers import (
     CostDictReplayBuffer,
     CostHerReplayBuffer,
     CostNStepReplayBuffer,
     CostReplayBuffer,
     CostReplayBufferSamples,
     cost_buffer_class,
-    read_costs,
 )
+from tests.conftest import CostlyBitFlipping
 
 OBSERVATIONS = spaces.Box(-1e6, 1e6, shape=(2,), dtype=np.float32)
 ACTIONS = spaces.Box(-1.0, 1.0, shape=(1,), dtype=np.float32)
@@ -112,8 +111,8 @@ def test_time_limits_bootstrap_and_terminations_do_not() -> None:
     assert isinstance(batch.observations, th.Tensor)
     first = batch.observations[:, 0] < 0.05  # environment 0
     assert first.any() and not first.all()
-    th.testing.assert_close(batch.dones[:, 0], first.float())
-    th.testing.assert_close(batch.cost_dones, batch.dones)
+    th.testing.assert_close(batch.reward_dones[:, 0], first.float())
+    th.testing.assert_close(batch.terminations, batch.reward_dones)
 
 
 def test_reward_cut_key_cuts_the_reward_bootstrap_only() -> None:
@@ -122,8 +121,8 @@ def test_reward_cut_key_cuts_the_reward_bootstrap_only() -> None:
     buffer.add(**transition(1, goal_met=False))
     batch = cost_sample(buffer)
     assert isinstance(batch.observations, th.Tensor)
-    th.testing.assert_close(batch.dones[:, 0], (batch.observations[:, 0] < 0.5).float())
-    assert not batch.cost_dones.any()
+    th.testing.assert_close(batch.reward_dones[:, 0], (batch.observations[:, 0] < 0.5).float())
+    assert not batch.terminations.any()
 
 
 def n_step_buffer(**kwargs: Any) -> CostNStepReplayBuffer:
@@ -139,8 +138,8 @@ def n_step_batch(buffer: CostNStepReplayBuffer, row: int) -> dict[str, float]:
         reward=batch.rewards.item(),
         cost=batch.costs[0, 0].item(),
         next_obs=batch.next_observations[0, 0].item(),
-        done=batch.dones.item(),
-        cost_done=batch.cost_dones.item(),
+        done=batch.reward_dones.item(),
+        cost_done=batch.terminations.item(),
         discount=batch.discounts.item(),
         cost_discount=batch.cost_discounts.item(),
     )
@@ -186,7 +185,8 @@ def test_n_step_rewards_equal_those_of_sb3() -> None:
         theirs.add(**data)
         rows = np.arange(min(step + 1, 8))
         batch, expected = ours._get_samples(rows), theirs._get_samples(rows)
-        for field in ("observations", "next_observations", "dones", "rewards", "discounts"):
+        th.testing.assert_close(batch.reward_dones, expected.dones, msg=f"dones at step {step}")
+        for field in ("observations", "next_observations", "rewards", "discounts"):
             th.testing.assert_close(getattr(batch, field), getattr(expected, field), msg=f"{field} at step {step}")
 
 
@@ -199,16 +199,6 @@ def test_n_step_reward_cut_stops_the_reward_sum_only() -> None:
     assert n_step_batch(buffer, 0) == pytest.approx(
         dict(reward=9.0, cost=1.0, next_obs=3.0, done=1.0, cost_done=0.0, discount=0.81, cost_discount=0.125)
     )
-
-
-class CostlyBitFlipping(BitFlippingEnv):
-    """A goal task whose cost tells the observation."""
-
-    def step(self, action: Any) -> Any:
-        observation, reward, terminated, truncated, info = super().step(action)
-        assert isinstance(observation, dict)
-        info["cost"] = float(observation["achieved_goal"].sum())
-        return observation, reward, terminated, truncated, info
 
 
 def test_her_keeps_each_transitions_cost() -> None:
@@ -244,17 +234,7 @@ def test_vec_normalize_scales_rewards_and_leaves_costs() -> None:
     assert isinstance(batch.observations, th.Tensor) and batch.observations[0, 0] == -10.0
 
 
-def test_costs_are_read_from_another_key_or_by_a_function() -> None:
-    infos = [{"c": 1.0, "speed": 3.0}, {"c": 2.0, "speed": 5.0}]
-    assert read_costs(infos, "c", 1)[0].tolist() == [[1.0], [2.0]]
-    assert read_costs(infos, lambda info: [info["c"], info["speed"] > 4], 2)[0].tolist() == [[1.0, 0.0], [2.0, 1.0]]
-    costs, reported = read_costs([{}, {}], "cost", 2)
-    assert costs.tolist() == [[0.0, 0.0], [0.0, 0.0]] and not reported
-    costs, reported = read_costs([{}, {"cost": np.float64(3.0)}], "cost", 1)
-    assert costs.tolist() == [[0.0], [3.0]] and reported
-
-
-@pytest.mark.parametrize("name", ["obs", "next_obs", "reward", "cost"])
+@pytest.mark.parametrize("name", ["next_obs", "reward", "cost"])
 def test_non_finite_numbers_are_refused_and_nothing_is_stored(name: str) -> None:
     buffer = filled(CostReplayBuffer(30, OBSERVATIONS, ACTIONS, "cpu", N_ENVS, n_constraints=2), 2)
     before = pickle.dumps(buffer)
@@ -309,5 +289,5 @@ def test_her_does_not_cut_relabelled_transitions() -> None:
     buffer.end_episodes()
     batch = cost_sample(buffer, 100)
     # Four of five are relabelled, and come last
-    np.testing.assert_array_equal(batch.dones[:, 0], [1.0] * 20 + [0.0] * 80)
-    assert not batch.cost_dones.any()
+    np.testing.assert_array_equal(batch.reward_dones[:, 0], [1.0] * 20 + [0.0] * 80)
+    assert not batch.terminations.any()

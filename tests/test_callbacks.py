@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_algd import ALGD
-from sb3_algd.callbacks import CostEvalCallback, StopTrainingOnTimeLimit
+from sb3_algd.common.callbacks import CostEvalCallback, StopTrainingOnTimeLimit
 
 Outcome = tuple[float, float | list[float]]
 
@@ -72,6 +72,11 @@ class History(BaseCallback):
         super().__init__()
         self.best: list[tuple[int, float, float]] = []
 
+    def changes(self) -> list[int]:
+        """Steps at which there was another best model than before."""
+        before = [(), *(best for _, *best in self.best)]
+        return [step for (step, *best), last in zip(self.best, before, strict=False) if best != last]
+
     def _on_step(self) -> bool:
         self.best.append((self.num_timesteps, self.parent.best_mean_reward, self.parent.best_violation))
         return True
@@ -114,10 +119,12 @@ def test_best_model_is_the_best_feasible_one(
         callback_after_eval=at_each,
         best_model_save_path=str(tmp_path),
     )
-    assert [step for step, _, _ in at_best.best] == new_best
+    assert at_each.changes() == new_best
+    # What stops at a good model must not see an infeasible one
+    feasible = [step for step in new_best if np.max(outcomes[step - 1][1]) <= 10.0]
+    assert [(step, reward) for step, reward, _ in at_best.best] == [(step, outcomes[step - 1][0]) for step in feasible]
     # What stays is what the last new best was, and nobody ever saw an infinite best reward
     assert callback.best_mean_reward == final_reward
-    assert [reward for _, reward, _ in at_best.best] == [outcomes[step - 1][0] for step in new_best]
     expected = [outcomes[max(best for best in new_best if best <= step) - 1][0] for step in range(1, len(outcomes) + 1)]
     assert [reward for _, reward, _ in at_each.best] == expected
     assert ALGD.load(tmp_path / "best_model").num_timesteps == new_best[-1]
@@ -133,11 +140,13 @@ def test_feasible_is_a_matter_of_the_mean_cost() -> None:
 
 
 def test_vector_constraints_are_judged_together() -> None:
-    at_best = History()
+    at_best, at_each = History(), History()
     # The excess counts as a share of its limit: 50 over 100 is less than 2 over 1
     outcomes: list[Outcome] = [(1, [100, 3]), (2, [150, 1]), (3, [100, 1]), (4, [100, 2])]
-    callback = evaluate(outcomes, make_model(cost_limit=[100.0, 1.0]), callback_on_new_best=at_best)
-    assert [step for step, _, _ in at_best.best] == [1, 2, 3]
+    model = make_model(cost_limit=[100.0, 1.0])
+    callback = evaluate(outcomes, model, callback_on_new_best=at_best, callback_after_eval=at_each)
+    assert at_each.changes() == [1, 2, 3]
+    assert [step for step, _, _ in at_best.best] == [3]
     assert callback.best_violation == 0.0
 
 

@@ -21,17 +21,23 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_algd import ALGD
-from sb3_algd.callbacks import CostEvalCallback
-from sb3_algd.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
-from tests.test_algd import SMALL, make_env, make_model, same, weights
-from tests.test_buffers import CostlyBitFlipping
+from sb3_algd import ALGD, SACLag
+from sb3_algd.common.callbacks import CostEvalCallback
+from sb3_algd.common.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from tests.conftest import (
+    SMALL,
+    Algorithm,
+    CostlyBitFlipping,
+    make_env,
+    make_model,
+    make_model_of,
+    make_one_env,
+    same,
+    weights,
+)
 
 STEPS, SAVE_FREQ = 72, 20
-
-
-def plain_env() -> VecEnv:
-    return make_vec_env(make_env, n_envs=1)
 
 
 def normalized_envs() -> VecEnv:
@@ -59,11 +65,17 @@ def noise() -> OrnsteinUhlenbeckActionNoise:
     return OrnsteinUhlenbeckActionNoise(np.zeros(2), 0.1 * np.ones(2))
 
 
-def interrupted_and_resumed(make_envs: Callable[[], VecEnv], folder: Path, stop: int = 55, **kwargs: Any) -> tuple[ALGD, ALGD]:
+def interrupted_and_resumed(
+    algorithm: Algorithm,
+    make_envs: Callable[[], VecEnv],
+    folder: Path,
+    stop: int = 55,
+    **kwargs: Any,
+) -> tuple[ConstrainedOffPolicyAlgorithm, ConstrainedOffPolicyAlgorithm]:
     """The same training without and with an interruption."""
     models = []
     for name, extra in (("whole", []), ("broken", [StopAt(stop)])):
-        model = make_model(make_envs(), **kwargs)
+        model = make_model_of(algorithm, make_envs(), **kwargs)
         callbacks = [*extra, ResumableCheckpointCallback(SAVE_FREQ, folder / name)]
         if extra:
             with pytest.raises(KeyboardInterrupt):
@@ -77,7 +89,8 @@ def interrupted_and_resumed(make_envs: Callable[[], VecEnv], folder: Path, stop:
     return models[0], models[1]
 
 
-def assert_same_training(whole: ALGD, resumed: ALGD) -> None:
+def assert_same_training(whole: ConstrainedOffPolicyAlgorithm, resumed: ConstrainedOffPolicyAlgorithm) -> None:
+    assert type(resumed) is type(whole)
     assert resumed.num_timesteps == whole.num_timesteps and resumed._n_updates == whole._n_updates
     assert resumed._episode_num == whole._episode_num
     assert same(weights(whole), weights(resumed))
@@ -100,19 +113,24 @@ def assert_same_training(whole: ALGD, resumed: ALGD) -> None:
         dict(action_noise=noise(), n_steps=3),
         # Overwritten twice
         dict(buffer_size=30, optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
-        dict(policy_kwargs=dict(SMALL, diffusion="ddpm"), train_freq=(1, "episode"), gradient_steps=3),
+        dict(train_freq=(1, "episode"), gradient_steps=3),
     ],
     ids=["noise and n-step", "memory efficient", "episodes"],
 )
-def test_one_environment(tmp_path: Path, kwargs: dict[str, Any]) -> None:
-    assert_same_training(*interrupted_and_resumed(plain_env, tmp_path, **kwargs))
+def test_one_environment(tmp_path: Path, kwargs: dict[str, Any], algorithm: Algorithm) -> None:
+    # The VE type is run by the other tests
+    special = dict(diffusion="ddpm") if algorithm is ALGD and "train_freq" in kwargs else {}
+    kwargs = {"policy_kwargs": {**SMALL, **special}, **kwargs}
+    whole, resumed = interrupted_and_resumed(algorithm, make_one_env, tmp_path, **kwargs)
+    assert_same_training(whole, resumed)
+    if isinstance(whole, SACLag) and isinstance(resumed, SACLag):
+        assert th.equal(whole.log_ent_coef, resumed.log_ent_coef)
 
 
 @pytest.mark.parametrize("buffer_size", [40, 500])
-def test_two_normalized_environments_with_two_constraints(tmp_path: Path, buffer_size: int) -> None:
-    whole, resumed = interrupted_and_resumed(
-        normalized_envs, tmp_path, buffer_size=buffer_size, cost_limit=[1.0, 2.0], action_noise=noise()
-    )
+def test_two_normalized_environments_with_two_constraints(tmp_path: Path, buffer_size: int, algorithm: Algorithm) -> None:
+    kwargs: dict[str, Any] = dict(buffer_size=buffer_size, cost_limit=[1.0, 2.0], action_noise=noise())
+    whole, resumed = interrupted_and_resumed(algorithm, normalized_envs, tmp_path, **kwargs)
     assert_same_training(whole, resumed)
     first, second = whole.get_vec_normalize_env(), resumed.get_vec_normalize_env()
     assert first is not None and second is not None
@@ -122,27 +140,9 @@ def test_two_normalized_environments_with_two_constraints(tmp_path: Path, buffer
 
 
 @pytest.mark.parametrize("buffer_size", [30, 500])
-def test_goals(tmp_path: Path, buffer_size: int) -> None:
-    def run(name: str, *callbacks: BaseCallback) -> ALGD:
-        model = ALGD(
-            "MultiInputPolicy",
-            goal_envs(),
-            replay_buffer_class=HerReplayBuffer,
-            policy_kwargs=SMALL,
-            learning_starts=20,
-            batch_size=16,
-            cost_limit=1.0,
-            episode_length=5,
-            buffer_size=buffer_size,
-            seed=0,
-            device="cpu",
-        )
-        return model.learn(STEPS, [*callbacks, ResumableCheckpointCallback(SAVE_FREQ, tmp_path / name)])
-
-    whole = run("whole")
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", StopAt(55))
-    resumed = resume(tmp_path / "broken", goal_envs())
+def test_goals(tmp_path: Path, buffer_size: int, algorithm: Algorithm) -> None:
+    kwargs: dict[str, Any] = dict(policy="MultiInputPolicy", cost_limit=1.0, episode_length=5, buffer_size=buffer_size)
+    whole, resumed = interrupted_and_resumed(algorithm, goal_envs, tmp_path, replay_buffer_class=HerReplayBuffer, **kwargs)
     assert_same_training(whole, resumed)
     assert isinstance(whole.replay_buffer, HerReplayBuffer) and isinstance(resumed.replay_buffer, HerReplayBuffer)
     np.testing.assert_array_equal(whole.replay_buffer.ep_length, resumed.replay_buffer.ep_length)
@@ -153,16 +153,15 @@ def test_goals(tmp_path: Path, buffer_size: int) -> None:
 PROGRAM = """
 import os, signal, sys, time
 from stable_baselines3.common.callbacks import BaseCallback
-from sb3_algd.checkpoint import ResumableCheckpointCallback
-from tests.test_checkpoint import SAVE_FREQ, plain_env
-from tests.test_algd import make_model
+from sb3_algd.common.checkpoint import ResumableCheckpointCallback
+from tests.conftest import make_model, make_one_env
 
 class Slow(BaseCallback):
     def _on_step(self):
         time.sleep(0.05)
         return True
 
-folder, kill_at_write = sys.argv[1], int(sys.argv[2])
+folder, save_freq, kill_at_write = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if kill_at_write:
     fsync, count = os.fsync, 0
 
@@ -174,18 +173,18 @@ if kill_at_write:
         fsync(file)
 
     os.fsync = killing
-make_model(plain_env()).learn(10_000, [Slow(), ResumableCheckpointCallback(SAVE_FREQ, folder)])
+make_model(make_one_env()).learn(10_000, [Slow(), ResumableCheckpointCallback(save_freq, folder)])
 """
 
 
 def start(folder: Path, kill_at_write: int = 0) -> subprocess.Popen[bytes]:
-    arguments = [sys.executable, "-c", PROGRAM, str(folder), str(kill_at_write)]
+    arguments = [sys.executable, "-c", PROGRAM, str(folder), str(SAVE_FREQ), str(kill_at_write)]
     return subprocess.Popen(arguments, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_at_an_arbitrary_moment_or_while_saving(tmp_path: Path) -> None:
-    whole = make_model(plain_env()).learn(STEPS, ResumableCheckpointCallback(SAVE_FREQ, tmp_path / "whole"))
+    whole = make_model(make_one_env()).learn(STEPS, ResumableCheckpointCallback(SAVE_FREQ, tmp_path / "whole"))
     # Each checkpoint takes five: model, state, buffer, manifest, folder. In two processes the second one is broken at its
     # third file and when the manifest was just replaced; the third process is killed from outside, whatever it is doing
     processes = {write: start(tmp_path / f"{write}", write) for write in (8, 10, 0)}
@@ -199,7 +198,7 @@ def test_killed_at_an_arbitrary_moment_or_while_saving(tmp_path: Path) -> None:
         stored = read_manifest(tmp_path / f"{write}")["num_timesteps"]
         if write:
             assert stored == {8: SAVE_FREQ, 10: 2 * SAVE_FREQ}[write]
-        resumed = resume(tmp_path / f"{write}", plain_env(), total_timesteps=STEPS)
+        resumed = resume(tmp_path / f"{write}", make_one_env(), total_timesteps=STEPS)
         assert_same_training(whole, resumed)
 
 
@@ -207,7 +206,7 @@ def test_killed_at_an_arbitrary_moment_or_while_saving(tmp_path: Path) -> None:
 
 
 def test_only_new_transitions_are_written_and_overwritten_ones_go(tmp_path: Path) -> None:
-    model = make_model(plain_env(), buffer_size=50, learning_starts=1000)
+    model = make_model(make_one_env(), buffer_size=50, learning_starts=1000)
     model.learn(100, ResumableCheckpointCallback(20, tmp_path))
     manifest = read_manifest(tmp_path)
     # Rows 51 to 100 are what the buffer holds; the file with 41 to 60 is the oldest that is needed
@@ -220,18 +219,18 @@ def test_a_replaced_buffer_is_written_anew(tmp_path: Path) -> None:
     other = make_model(learning_starts=1000).learn(50)
     other.save_replay_buffer(tmp_path / "other")
     callback = ResumableCheckpointCallback(20, tmp_path / "checkpoint")
-    model = make_model(plain_env()).learn(20, callback)
+    model = make_model(make_one_env()).learn(20, callback)
     model.load_replay_buffer(tmp_path / "other")
     model.learn(20, callback, reset_num_timesteps=False)
     assert model.replay_buffer is not None
     expected = model.replay_buffer.rewards[:70].copy()
-    resumed = resume(tmp_path / "checkpoint", plain_env())
+    resumed = resume(tmp_path / "checkpoint", make_one_env())
     assert resumed.replay_buffer is not None and resumed.replay_buffer.pos == 70
     np.testing.assert_array_equal(resumed.replay_buffer.rewards[:70], expected)
 
 
 def test_stored_episodes_end_as_at_a_time_limit(tmp_path: Path) -> None:
-    model = make_model(plain_env(), learning_starts=1000)
+    model = make_model(make_one_env(), learning_starts=1000)
     model.learn(50, ResumableCheckpointCallback(25, tmp_path))
     buffer = model.replay_buffer
     assert buffer is not None
@@ -261,11 +260,11 @@ def test_other_callbacks_take_up_their_results(tmp_path: Path) -> None:
 
     checkpoints = ResumableCheckpointCallback(20, tmp_path)
     tally, evaluation = callbacks("first")
-    make_model(plain_env()).learn(40, [tally, evaluation, checkpoints])
+    make_model(make_one_env()).learn(40, [tally, evaluation, checkpoints])
     reward, violation = evaluation.best_mean_reward, evaluation.best_violation
     assert np.isfinite(reward)
     tally, evaluation = callbacks("second")
-    resume(tmp_path, plain_env(), [tally, evaluation], total_timesteps=44)
+    resume(tmp_path, make_one_env(), [tally, evaluation], total_timesteps=44)
     assert tally.seen == list(range(1, 45)) and tally.n_calls == 44
     # What the user gives counts, what came out before is kept
     assert tally.setting == "second"
@@ -274,9 +273,9 @@ def test_other_callbacks_take_up_their_results(tmp_path: Path) -> None:
 
 
 def test_a_complete_run_is_returned_as_it_is(tmp_path: Path) -> None:
-    model = make_model(plain_env()).learn(30, ResumableCheckpointCallback(20, tmp_path))
+    model = make_model(make_one_env()).learn(30, ResumableCheckpointCallback(20, tmp_path))
     before = (tmp_path / MANIFEST).read_text()
-    assert same(weights(resume(tmp_path, plain_env())), weights(model))
+    assert same(weights(resume(tmp_path, make_one_env())), weights(model))
     assert (tmp_path / MANIFEST).read_text() == before
 
 
@@ -288,7 +287,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
 ) -> None:
     callback = ResumableCheckpointCallback(20, tmp_path)
-    model = make_model(plain_env()).learn(25, callback)
+    model = make_model(make_one_env()).learn(25, callback)
     files = sorted(path.name for path in tmp_path.iterdir())
     count = 0
 
@@ -303,7 +302,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays(
         model.learn(30, callback, reset_num_timesteps=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     monkeypatch.undo()
-    assert resume(tmp_path, plain_env(), total_timesteps=30).num_timesteps == 30
+    assert resume(tmp_path, make_one_env(), total_timesteps=30).num_timesteps == 30
 
 
 def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
@@ -317,7 +316,7 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
             return True
 
     # Without updates, nothing but the callback can notice
-    model = make_model(plain_env(), gradient_steps=0)
+    model = make_model(make_one_env(), gradient_steps=0)
     with pytest.raises(FloatingPointError, match=r"not finite at step 60.*The checkpoint of step 40 stays"):
         model.learn(100, [Spoil(), ResumableCheckpointCallback(20, tmp_path)])
     assert read_manifest(tmp_path)["num_timesteps"] == 40
@@ -334,8 +333,8 @@ def test_divergence_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
             return True
 
     with pytest.raises(FloatingPointError, match="training diverged"):
-        make_model(plain_env()).learn(100, [Spoil(), ResumableCheckpointCallback(20, tmp_path)])
-    resumed = resume(tmp_path, plain_env())
+        make_model(make_one_env()).learn(100, [Spoil(), ResumableCheckpointCallback(20, tmp_path)])
+    resumed = resume(tmp_path, make_one_env())
     assert resumed.num_timesteps == 100
     assert all(th.isfinite(value).all() for value in weights(resumed).values())
 
@@ -354,19 +353,29 @@ def test_an_environment_that_does_not_keep_to_its_seed_is_warned_about(tmp_path:
         assert resume(tmp_path, Elsewhere(make_env()), total_timesteps=25).num_timesteps == 25
 
 
+def test_a_class_that_is_found_nowhere_else_is_stored_and_has_to_be_named(tmp_path: Path) -> None:
+    class Mine(ALGD):
+        pass
+
+    make_model_of(Mine, make_one_env()).learn(20, ResumableCheckpointCallback(10, tmp_path))
+    with pytest.raises(ValueError, match=r"Mine, cannot be found: give model_class"):
+        resume(tmp_path, make_one_env())
+    assert type(resume(tmp_path, make_one_env(), total_timesteps=25, model_class=Mine)) is Mine
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no checkpoint in"):
-        resume(tmp_path, plain_env())
+        resume(tmp_path, make_one_env())
     with pytest.raises(ValueError, match="save_freq must be at least 1"):
         ResumableCheckpointCallback(0, tmp_path)
     with pytest.raises(ValueError, match="use Stable-Baselines3's CheckpointCallback for SAC"):
         SAC("MlpPolicy", make_env(), buffer_size=10).learn(1, ResumableCheckpointCallback(1, tmp_path))
-    make_model(plain_env()).learn(20, ResumableCheckpointCallback(10, tmp_path))
+    make_model(make_one_env()).learn(20, ResumableCheckpointCallback(10, tmp_path))
     with pytest.raises(ValueError, match=r"had 1 environment\(s\), not 2: give as many"):
         resume(tmp_path, make_vec_env(make_env, n_envs=2))
     with pytest.raises(ValueError, match="was not wrapped in VecNormalize"):
-        resume(tmp_path, VecNormalize(plain_env()), total_timesteps=30)
+        resume(tmp_path, VecNormalize(make_one_env()), total_timesteps=30)
     number = read_manifest(tmp_path)["number"]
     with pytest.warns(UserWarning, match="holds a checkpoint of an earlier run"):
-        make_model(plain_env()).learn(10, ResumableCheckpointCallback(10, tmp_path))
+        make_model(make_one_env()).learn(10, ResumableCheckpointCallback(10, tmp_path))
     assert read_manifest(tmp_path)["number"] == number + 1

@@ -1,4 +1,4 @@
-"""ALGD as a citizen of Stable-Baselines3: each of its features together with costs, by the values that come out."""
+"""The algorithms as citizens of Stable-Baselines3: each of its features together with costs, by the values that come out."""
 
 import io
 from pathlib import Path
@@ -15,13 +15,28 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 
-from sb3_algd import ALGD, CostDictReplayBuffer, CostHerReplayBuffer, CostNStepReplayBuffer, DiffusionPolicy
-from tests.test_algd import SMALL, CostlyEnv, make_env, make_model, same, weights
-from tests.test_buffers import CostlyBitFlipping
+from sb3_algd import ALGD, CostDictReplayBuffer, CostHerReplayBuffer, CostNStepReplayBuffer, SACLag
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from tests.conftest import (
+    SMALL,
+    Algorithm,
+    CostlyBitFlipping,
+    CostlyEnv,
+    learned,
+    make_env,
+    make_model,
+    make_model_of,
+    same,
+    weights,
+)
 
-#: Diffusion type and number of constraints
-KINDS = [("ve", 1), ("ve", 2), ("ddpm", 1), ("ddpm", 2)]
-kinds = pytest.mark.parametrize("diffusion, n_costs", KINDS)
+#: Algorithm, what is special about its policy, and number of constraints
+KINDS = [
+    (algorithm, special, n_costs)
+    for algorithm, special in ((ALGD, dict(diffusion="ve")), (ALGD, dict(diffusion="ddpm")), (SACLag, {}))
+    for n_costs in (1, 2)
+]
+kinds = pytest.mark.parametrize("algorithm, special, n_costs", KINDS)
 
 
 def limits(n_costs: int) -> list[float]:
@@ -61,17 +76,6 @@ class DictEnv(ImageEnv):
         return {"image": image, "state": self.state}, *others
 
 
-def learned(model: ALGD, steps: int) -> ALGD:
-    """Train, and see that every network did learn."""
-    before = weights(model)
-    model.learn(steps)
-    after = weights(model)
-    for network in ("actor", "critic", "cost_critic", "parameter"):
-        assert any(not th.equal(before[key], after[key]) for key in after if key.startswith(network)), network
-    assert all(th.isfinite(value).all() for value in after.values())
-    return model
-
-
 def pixels_of_cost(buffer: Any, images: np.ndarray, rows: int) -> None:
     """Costs are the squares of the states that the images show, up to their rounding."""
     states = images[:rows, :, 0, 0, : buffer.n_constraints] / 127.0 - 1
@@ -79,19 +83,11 @@ def pixels_of_cost(buffer: Any, images: np.ndarray, rows: int) -> None:
 
 
 @kinds
-def test_images(diffusion: str, n_costs: int) -> None:
+def test_images(algorithm: Algorithm, special: dict, n_costs: int) -> None:
     env = make_vec_env(lambda: gym.wrappers.TimeLimit(ImageEnv(n_costs), 5), n_envs=2)
-    kwargs = dict(SMALL, diffusion=diffusion, features_extractor_kwargs=dict(features_dim=8))
-    model = ALGD(
-        "CnnPolicy",
-        env,
-        buffer_size=60,
-        learning_starts=8,
-        batch_size=4,
-        cost_limit=limits(n_costs),
-        policy_kwargs=kwargs,
-        device="cpu",
-    )
+    policy_kwargs = {**SMALL, **special, "features_extractor_kwargs": dict(features_dim=8)}
+    kwargs = dict(policy="CnnPolicy", policy_kwargs=policy_kwargs, buffer_size=60, learning_starts=8, batch_size=4)
+    model = make_model_of(algorithm, env, cost_limit=limits(n_costs), **kwargs)
     assert isinstance(model.env, VecTransposeImage)
     buffer: Any = learned(model, 12).replay_buffer
     pixels_of_cost(buffer, buffer.observations, 6)
@@ -103,19 +99,12 @@ def test_images(diffusion: str, n_costs: int) -> None:
 
 @kinds
 @pytest.mark.parametrize("share", [False, True])
-def test_dict_observations(diffusion: str, n_costs: int, share: bool) -> None:
+def test_dict_observations(algorithm: Algorithm, special: dict, n_costs: int, share: bool) -> None:
     env = make_vec_env(lambda: gym.wrappers.TimeLimit(DictEnv(n_costs), 5), n_envs=2)
-    kwargs = dict(SMALL, diffusion=diffusion, share_features_extractor=share, features_extractor_kwargs=dict(cnn_output_dim=8))
-    model = ALGD(
-        "MultiInputPolicy",
-        env,
-        buffer_size=60,
-        learning_starts=8,
-        batch_size=4,
-        cost_limit=limits(n_costs),
-        policy_kwargs=kwargs,
-        device="cpu",
-    )
+    extractor = dict(share_features_extractor=share, features_extractor_kwargs=dict(cnn_output_dim=8))
+    policy_kwargs = {**SMALL, **special, **extractor}
+    kwargs = dict(policy="MultiInputPolicy", policy_kwargs=policy_kwargs, buffer_size=60, learning_starts=8, batch_size=4)
+    model = make_model_of(algorithm, env, cost_limit=limits(n_costs), **kwargs)
     buffer = learned(model, 12).replay_buffer
     assert isinstance(buffer, CostDictReplayBuffer)
     np.testing.assert_allclose(buffer.costs[:6], buffer.observations["state"][:6, :, :n_costs] ** 2, rtol=1e-6)
@@ -124,23 +113,22 @@ def test_dict_observations(diffusion: str, n_costs: int, share: bool) -> None:
 
 
 @kinds
-def test_goals(diffusion: str, n_costs: int) -> None:
+def test_goals(algorithm: Algorithm, special: dict, n_costs: int) -> None:
     class GoalEnv(CostlyBitFlipping):
         def step(self, action: Any) -> Any:
             *others, info = super().step(action)
             return *others, {"cost": [info["cost"], 2 * info["cost"]][:n_costs]}
 
-    model = ALGD(
-        "MultiInputPolicy",
+    model = make_model_of(
+        algorithm,
         make_vec_env(lambda: GoalEnv(n_bits=4, continuous=True, max_steps=4), n_envs=2),
+        policy="MultiInputPolicy",
         replay_buffer_class=HerReplayBuffer,
         buffer_size=100,
         learning_starts=16,
-        batch_size=16,
         cost_limit=limits(n_costs),
         episode_length=4,
-        policy_kwargs=dict(SMALL, diffusion=diffusion),
-        device="cpu",
+        policy_kwargs={**SMALL, **special},
     )
     buffer = learned(model, 32).replay_buffer
     assert isinstance(buffer, CostHerReplayBuffer)
@@ -152,14 +140,15 @@ def test_goals(diffusion: str, n_costs: int) -> None:
 
 
 @kinds
-def test_n_step_costs_equal_a_hand_computation(diffusion: str, n_costs: int) -> None:
-    model = make_model(
+def test_n_step_costs_equal_a_hand_computation(algorithm: Algorithm, special: dict, n_costs: int) -> None:
+    model = make_model_of(
+        algorithm,
         make_env(n_costs, steps=4),
         cost_limit=limits(n_costs),
         n_steps=3,
         gamma=0.9,
         cost_gamma=0.5,
-        policy_kwargs=dict(SMALL, diffusion=diffusion),
+        policy_kwargs={**SMALL, **special},
     )
     buffer = learned(model, 28).replay_buffer
     assert isinstance(buffer, CostNStepReplayBuffer)
@@ -170,13 +159,13 @@ def test_n_step_costs_equal_a_hand_computation(diffusion: str, n_costs: int) -> 
     np.testing.assert_allclose(batch.costs, expected, rtol=1e-6)
     assert batch.cost_discounts is not None
     np.testing.assert_allclose(batch.cost_discounts[:, 0], [0.5**3, 0.5**2, 0.5])
-    assert not batch.cost_dones.any()
+    assert not batch.terminations.any()
 
 
 @kinds
-def test_normalisation_scales_rewards_but_not_costs(diffusion: str, n_costs: int) -> None:
+def test_normalisation_scales_rewards_but_not_costs(algorithm: Algorithm, special: dict, n_costs: int) -> None:
     env = VecNormalize(make_vec_env(lambda: make_env(n_costs), n_envs=3), clip_obs=100.0)
-    model = make_model(env, cost_limit=limits(n_costs), policy_kwargs=dict(SMALL, diffusion=diffusion))
+    model = make_model_of(algorithm, env, cost_limit=limits(n_costs), policy_kwargs={**SMALL, **special})
     buffer: Any = learned(model, 90).replay_buffer
     np.testing.assert_allclose(buffer.costs[:30], buffer.observations[:30, :, :n_costs] ** 2, rtol=1e-4, atol=1e-7)
     np.random.seed(0)
@@ -189,10 +178,12 @@ def test_normalisation_scales_rewards_but_not_costs(diffusion: str, n_costs: int
 
 
 @kinds
-def test_replay_buffer_and_policy_are_saved_and_loaded(tmp_path: Path, diffusion: str, n_costs: int) -> None:
-    def make() -> ALGD:
+def test_replay_buffer_and_policy_are_saved_and_loaded(
+    tmp_path: Path, algorithm: Algorithm, special: dict, n_costs: int
+) -> None:
+    def make() -> ConstrainedOffPolicyAlgorithm:
         env = make_vec_env(lambda: make_env(n_costs), n_envs=2)
-        return make_model(env, cost_limit=limits(n_costs), policy_kwargs=dict(SMALL, diffusion=diffusion))
+        return make_model_of(algorithm, env, cost_limit=limits(n_costs), policy_kwargs={**SMALL, **special})
 
     model = learned(make(), 40)
     model.save_replay_buffer(tmp_path / "buffer")
@@ -205,7 +196,7 @@ def test_replay_buffer_and_policy_are_saved_and_loaded(tmp_path: Path, diffusion
     obs = np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
     expected, _ = model.predict(obs, deterministic=True)
     model.policy.save(str(tmp_path / "policy"))
-    policy = DiffusionPolicy.load(str(tmp_path / "policy"))
+    policy = type(model.policy).load(str(tmp_path / "policy"))
     np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], expected)
     assert same(dict(policy.state_dict()), dict(model.policy.state_dict()))
     model.actor.save(str(tmp_path / "actor"))
@@ -233,29 +224,30 @@ def test_standard_policy_kwargs_take_effect() -> None:
     learned(model, 30)
 
 
-def test_action_noise_is_added_to_the_policys_action() -> None:
-    model = make_model(action_noise=NormalActionNoise(np.full(2, 5.0), np.zeros(2)), learning_starts=0, gradient_steps=0)
+def test_action_noise_is_added_to_the_policys_action(algorithm: Algorithm) -> None:
+    noise = NormalActionNoise(np.full(2, 5.0), np.zeros(2))
+    model = make_model_of(algorithm, action_noise=noise, learning_starts=0, gradient_steps=0)
     model.learn(10)
     assert model.replay_buffer is not None
     # So much noise leaves the edge of the box only
     np.testing.assert_array_equal(model.replay_buffer.actions[:10], 1.0)
 
 
-def test_excluded_and_included_parameters_and_custom_objects() -> None:
-    model = make_model(cost_key=lambda info: info["cost"]).learn(30)
+def test_excluded_and_included_parameters_and_custom_objects(algorithm: Algorithm) -> None:
+    model = make_model_of(algorithm, rho=0.3, cost_key=lambda info: info["cost"]).learn(30)
     file = io.BytesIO()
     model.save(file, exclude=["rho", "cost_key"], include=["replay_buffer"])
     file.seek(0)
-    loaded = ALGD.load(file, custom_objects=dict(cost_limit=9.0, buffer_size=7))
-    assert loaded.rho == 1.0 and loaded.cost_key == "cost"  # the defaults
+    loaded = algorithm.load(file, custom_objects=dict(cost_limit=9.0, buffer_size=7))
+    assert loaded.rho == (1.0 if algorithm is ALGD else 0.0) and loaded.cost_key == "cost"  # the defaults
     assert np.asarray(loaded.cost_limit).tolist() == [9.0] and loaded.cost_budget[0] > model.cost_budget[0]
     assert loaded.buffer_size == 7
     assert loaded.replay_buffer is not None and model.replay_buffer is not None
     np.testing.assert_array_equal(loaded.replay_buffer.costs, model.replay_buffer.costs)
 
 
-def test_learning_goes_on_where_it_stopped() -> None:
-    model = make_model().learn(50)
+def test_learning_goes_on_where_it_stopped(algorithm: Algorithm) -> None:
+    model = make_model_of(algorithm).learn(50)
     costs = list(model.ep_cost_buffer)
     assert len(costs) == 2
     tracker = model._cost_tracker
@@ -269,18 +261,18 @@ def test_learning_goes_on_where_it_stopped() -> None:
     assert model.num_timesteps == 25 and len(model.ep_cost_buffer) == 1
 
 
-def test_callbacks_stop_training_and_store_models(tmp_path: Path) -> None:
+def test_callbacks_stop_training_and_store_models(tmp_path: Path, algorithm: Algorithm) -> None:
     stop = StopTrainingOnMaxEpisodes(2)
-    model = make_model().learn(200, callback=[CheckpointCallback(25, str(tmp_path)), stop])
+    model = make_model_of(algorithm).learn(200, callback=[CheckpointCallback(25, str(tmp_path)), stop])
     assert model.num_timesteps == 40
-    assert ALGD.load(tmp_path / "rl_model_25_steps").num_timesteps == 25
+    assert algorithm.load(tmp_path / "rl_model_25_steps").num_timesteps == 25
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
-def test_a_model_moves_to_another_device(tmp_path: Path) -> None:
-    model = make_model(device="cuda").learn(40)
+def test_a_model_moves_to_another_device(tmp_path: Path, algorithm: Algorithm) -> None:
+    model = make_model_of(algorithm, device="cuda").learn(40)
     model.save(tmp_path / "model")
-    loaded = ALGD.load(tmp_path / "model", env=make_env(), device="cpu")
+    loaded = algorithm.load(tmp_path / "model", env=make_env(), device="cpu")
     for key, value in weights(loaded).items():
         assert value.device.type == "cpu"
         th.testing.assert_close(value, weights(model)[key].cpu())

@@ -1,12 +1,11 @@
-"""Limits, budgets and the costs of episodes."""
+"""Limits, and the budgets that follow from them."""
 
 import gymnasium as gym
-import numpy as np
 import pytest
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from sb3_algd.constraint import EpisodeCostTracker, budget_per_unit_cost, check_cost_limit, declared_by_env
+from sb3_algd.common.constraint import budget_per_unit_cost, check_cost_limit, declared_by_env
 from sb3_algd.envs.toy import TwoModesEnv
 
 
@@ -56,19 +55,3 @@ def test_disagreeing_environments_are_refused() -> None:
     env = DummyVecEnv([lambda: make_toy(10.0), lambda: make_toy(20.0)])
     with pytest.raises(ValueError, match="different values of `cost_limit`"):
         declared_by_env(env, "cost_limit")
-
-
-def test_tracker_sums_up_each_environments_episodes() -> None:
-    tracker = EpisodeCostTracker(n_envs=2, n_constraints=2, cost_gamma=0.5, window=10)
-    steps = np.array([[[1, 10], [2, 0]], [[1, 10], [4, 0]], [[1, 10], [8, 0]]], dtype=np.float64)
-    dones = np.array([[False, False], [False, True], [True, False]])
-    for costs, done in zip(steps, dones, strict=True):
-        tracker.update(costs, done)
-    # Environment 1 finished after two steps, environment 0 after three
-    np.testing.assert_allclose(tracker.episode_costs, [[6, 0], [3, 30]])
-    np.testing.assert_allclose(tracker.discounted_costs, [[2 + 0.5 * 4, 0], [1.75, 17.5]])
-    np.testing.assert_allclose(tracker.cost_rate, [17 / 6, 30 / 6])
-    # After a reset of the environments the unfinished episode of environment 1 is forgotten, finished ones are not
-    tracker.start_episodes(2)
-    tracker.update(np.ones((2, 2)), np.array([True, True]))
-    np.testing.assert_allclose(tracker.episode_costs, [[6, 0], [3, 30], [1, 1], [1, 1]])

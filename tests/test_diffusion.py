@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_algd.diffusion import DDPM, VESDE, ReverseProcess, make_process
+from sb3_algd.algd.diffusion import DDPM, VESDE, ReverseProcess, make_process
 
 N = 200_000
 

@@ -8,13 +8,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_algd import ALGD, evaluate_policy
-from sb3_algd.guards import NormalizationBackup, check_finite
-from tests.test_algd import BrokenEnv, CostlyEnv, make_env, make_model, same, weights
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.guards import NormalizationBackup, check_finite
+from tests.conftest import Algorithm, BrokenEnv, CostlyEnv, make_env, make_model, make_model_of, same, weights
 
 
 class NotFiniteEnv(CostlyEnv):
@@ -120,9 +122,9 @@ def test_what_is_infinite_in_single_precision_is_refused() -> None:
 # --- divergence ------------------------------------------------------------------------------------------------------
 
 
-def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 8)
-    model = make_model().learn(36)
+def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
+    monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 8)
+    model = make_model_of(algorithm).learn(36)
     assert model._n_updates == 16
     # The copy is made before the 17th update
     sound = weights(model)
@@ -138,12 +140,12 @@ def test_divergence_sets_the_weights_back(tmp_path: Path, monkeypatch: pytest.Mo
     for key, value in model.critic.optimizer.state_dict()["state"].items():
         assert th.equal(value["exp_avg"], moments[key])
     model.save(tmp_path / "model")
-    ALGD.load(tmp_path / "model", env=make_env()).learn(25)
+    algorithm.load(tmp_path / "model", env=make_env()).learn(25)
 
 
-def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 8)
-    model = make_model().learn(21)
+def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
+    monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 8)
+    model = make_model_of(algorithm).learn(21)
     calls: list[None] = []
     update = model._update
 
@@ -159,11 +161,13 @@ def test_the_weights_are_copied_within_a_long_call_too(monkeypatch: pytest.Monke
     with pytest.raises(FloatingPointError, match="set back to what it was after update 16"):
         model.train(30, 16)
     assert model._n_updates == 16 and all(th.isfinite(value).all() for value in weights(model).values())
+    # Nothing that was learned elsewhere is left over from the divergence
+    model.train(2, 16)
 
 
-def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_algd.guards.BACKUP_INTERVAL", 1)
-    model = make_model().learn(25)
+def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
+    monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 1)
+    model = make_model_of(algorithm).learn(25)
     with th.no_grad():
         next(model.actor.parameters()).fill_(th.nan)
     with pytest.raises(FloatingPointError, match="set back to what it was after update 4"):
@@ -172,6 +176,85 @@ def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- environments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("reward", "non-finite reward"),
+        ("cost", "non-finite cost"),
+        ("observation", "non-finite observation"),
+        ("six", r"more than Gymnasium's five values.*wrap"),
+    ],
+)
+def test_a_broken_environment_gives_an_error_and_loses_nothing(
+    tmp_path: Path, what: str, message: str, algorithm: Algorithm
+) -> None:
+    model = make_model_of(algorithm, gym.wrappers.TimeLimit(BrokenEnv(what), 1000))
+    with pytest.raises(ValueError, match=message):
+        model.learn(100)
+    assert model.replay_buffer is not None and model.replay_buffer.pos == 29
+    assert all(th.isfinite(value).all() for value in weights(model).values())
+    model.save(tmp_path / "model")
+    assert same(weights(algorithm.load(tmp_path / "model")), weights(model))
+
+
+class CountingEnv(CostlyEnv):
+    """The observation counts steps, through the ends of episodes; the reward is NaN once."""
+
+    def __init__(self, nan_at: int) -> None:
+        super().__init__()
+        self.nan_at = nan_at
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self._count(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        reward = float("nan") if self.steps == self.nan_at else 0.0
+        return self._count(), reward, False, False, {"cost": 0.0}
+
+    def _count(self) -> np.ndarray:
+        self.steps += 1
+        return np.full(3, self.steps, dtype=np.float32)
+
+
+def check_steps_follow_on_each_other(model: ConstrainedOffPolicyAlgorithm) -> None:
+    buffer = model.replay_buffer
+    assert buffer is not None and buffer.pos > 25
+    before, after = buffer.observations[: buffer.pos, 0, 0], buffer.next_observations[: buffer.pos, 0, 0]
+    assert (after - before).tolist() == [1.0] * buffer.pos
+    ends = buffer.dones[: buffer.pos, 0].astype(bool)
+    # Where it does not go on from one row to the next, an episode has ended
+    assert ends[:-1][before[1:] != after[:-1]].all()
+
+
+@pytest.mark.parametrize("nan_at", [15, 20])  # within an episode, and its last step
+def test_going_on_after_bad_input_stores_true_transitions_only(nan_at: int, algorithm: Algorithm) -> None:
+    model = make_model_of(algorithm, gym.wrappers.TimeLimit(CountingEnv(nan_at), 20), learning_starts=100)
+    with pytest.raises(ValueError, match="non-finite reward"):
+        model.learn(30)
+    model.learn(30, reset_num_timesteps=False)
+    check_steps_follow_on_each_other(model)
+
+
+def test_going_on_after_a_callback_has_stopped_stores_true_transitions_only() -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.num_timesteps != 10
+
+    model = make_model(gym.wrappers.TimeLimit(CountingEnv(-1), 20), learning_starts=100)
+    model.learn(30, callback=Stop())
+    assert model.num_timesteps == 10
+    model.learn(30, reset_num_timesteps=False)
+    check_steps_follow_on_each_other(model)
+
+
+def test_a_registered_six_tuple_environment_gives_the_same_advice() -> None:
+    checked = gym.wrappers.PassiveEnvChecker(BrokenEnv("six"))
+    with pytest.raises(ValueError, match=r"more than Gymnasium's five values.*wrap"):
+        make_model(gym.wrappers.TimeLimit(checked, 1000)).learn(100)
 
 
 def test_a_six_tuple_environment_in_a_process_of_its_own_gives_the_advice() -> None:

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from sb3_algd.common.recorder import COLUMNS
 from sb3_algd.plotting import Curve, mean_curve, plot_learning_curves, read_curve
-from sb3_algd.recorder import COLUMNS
 
 
 def make_curve(steps: list[int], level: float) -> Curve:

@@ -10,8 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-from sb3_algd.networks import EnsembleCritic
-from sb3_algd.policies import CnnPolicy, DiffusionPolicy, MultiInputPolicy
+from sb3_algd import CnnPolicy, DiffusionPolicy, MultiInputPolicy
+from sb3_algd.common.critics import EnsembleCritic
 
 OBSERVATIONS = spaces.Box(-1.0, 1.0, shape=(5,), dtype=np.float32)
 ACTIONS = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 4.0], dtype=np.float32))
@@ -166,3 +166,10 @@ def test_policy_save_and_load(tmp_path: Path, policy_class: type[DiffusionPolicy
 def test_an_empty_ensemble_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one critic"):
         make_policy(n_cost_critics=0)
+
+
+def test_other_forms_of_adam_stay_possible() -> None:
+    policy = make_policy(net_arch=[8], optimizer_kwargs=dict(foreach=True))
+    assert policy.actor.optimizer.defaults["foreach"] is True
+    assert not policy.actor.optimizer.defaults["fused"]
+    assert make_policy(net_arch=[8]).actor.optimizer.defaults["fused"] is True

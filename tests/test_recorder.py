@@ -14,9 +14,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd import ALGD
-from sb3_algd.checkpoint import ResumableCheckpointCallback, resume
-from sb3_algd.random_state import preserved_random_state
-from sb3_algd.recorder import COLUMNS, LearningCurveRecorder
+from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
+from sb3_algd.common.random_state import preserved_random_state
+from sb3_algd.common.recorder import COLUMNS, LearningCurveRecorder
 
 
 class NoisyCostEnv(gym.Env):

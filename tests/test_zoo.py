@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -20,49 +21,67 @@ import huggingface_hub
 import rl_zoo3
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-from sb3_algd import ALGD
-from sb3_algd.envs.catalogue import OWN, SPEED, entries
+from sb3_algd import ALGD, SACLag
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.envs.catalogue import OWN, SPEED, STOCK, entries
 from sb3_algd.envs.wrappers import EpisodeCost
-from sb3_algd.zoo import CONFIG_FILE, TRAINED_AGENTS, __main__, all_plots, plot_costs, plot_train, push_to_hub
-from sb3_algd.zoo.commandline import ALGDToShow
+from sb3_algd.zoo import CONFIGS, TRAINED_AGENTS, __main__, is_constrained, plot_costs, register
+from sb3_algd.zoo.commandline import agents_to_show
 from sb3_algd.zoo.manager import CostExperimentManager
 
 ENV = "TwoModes-v0"
+ALGORITHMS: dict[str, type[ConstrainedOffPolicyAlgorithm]] = {"algd": ALGD, "sac_lag": SACLag}
 # Small enough for a second of training
-TINY = ["learning_starts:60", "batch_size:16", "policy_kwargs:dict(net_arch=[8], denoising_steps=2)"]
+TINY = ["learning_starts:60", "batch_size:16"]
+TINY_POLICY = {
+    "algd": "policy_kwargs:dict(net_arch=[8], denoising_steps=2)",
+    "sac_lag": "policy_kwargs:dict(net_arch=[8])",
+}
 
 
 def run(command: str, *options: object, cwd: Path) -> str:
     """Run a command in a new process and return what it printed."""
-    arguments = [sys.executable, "-m", f"sb3_algd.zoo.{command}", *map(str, options)]
+    arguments = [sys.executable, "-m", "sb3_algd.zoo", command, *map(str, options)]
     result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
+def main(*options: object) -> None:
+    """Run a command in this process, with the command line that a user gives."""
+    with patch.object(sys, "argv", ["sb3-algd", *map(str, options)]):
+        __main__.main()
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def algo(request: pytest.FixtureRequest) -> str:
+    """Name of an algorithm."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def logs(algo: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Logs of a short training run, made by the command."""
     folder = tmp_path_factory.mktemp("zoo")
     options = ["--env", ENV, "-n", 220, "--eval-freq", 110, "--eval-episodes", 2, "--seed", 1, "--device", "cpu"]
-    run("train", *options, "-tb", "tb", "--save-replay-buffer", "-params", *TINY, cwd=folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        options += ["-tb", "tb", "--save-replay-buffer", "-params", *TINY, TINY_POLICY[algo]]
+        main("train", "--algo", algo, *options)
     return folder / "logs"
 
 
-@pytest.fixture
-def argv(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the command line."""
-
-    def set_argv(*options: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, options)])
-
-    return set_argv
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_importing_registers_the_algorithms(name: str) -> None:
+    assert rl_zoo3.ALGOS[name] is ALGORITHMS[name]
+    assert is_constrained(name)
+    assert name in HYPERPARAMS_SAMPLER
+    assert name in HYPERPARAMS_CONVERTER
 
 
-def test_importing_registers_algd() -> None:
-    assert rl_zoo3.ALGOS["algd"] is ALGD
-    assert "algd" in HYPERPARAMS_SAMPLER
-    assert "algd" in HYPERPARAMS_CONVERTER
+def test_other_algorithms_have_no_limit() -> None:
+    assert not is_constrained("sac")
+    assert not is_constrained("none of the zoo's")
 
 
 def test_the_core_does_not_import_the_zoo() -> None:
@@ -70,8 +89,8 @@ def test_the_core_does_not_import_the_zoo() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def test_training_leaves_costs_where_people_look(logs: Path) -> None:
-    folder = logs / "algd" / f"{ENV}_1"
+def test_training_leaves_costs_where_people_look(algo: str, logs: Path) -> None:
+    folder = logs / algo / f"{ENV}_1"
     with (folder / "0.monitor.csv").open() as file:
         file.readline()
         rows = list(csv.DictReader(file))
@@ -84,32 +103,34 @@ def test_training_leaves_costs_where_people_look(logs: Path) -> None:
     assert yaml.unsafe_load((folder / ENV / "config.yml").read_text())["cost_limit"] == 64
 
 
-def test_enjoy_reports_costs_and_verdict(logs: Path) -> None:
-    out = run("enjoy", "--env", ENV, "-f", logs, "-n", 200, "--no-render", cwd=logs)
-    assert "2 episodes" in out
-    assert "Return: " in out
-    assert "limit 64: " in out
+def test_enjoy_reports_costs_and_verdict(algo: str, logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--algo", algo, "--env", ENV, "-f", logs, "-n", 200, "--no-render", "--device", "cpu"]
+    reports = []
+    for actions in ([], ["--stochastic"], ["--deterministic"]):
+        main("enjoy", *options, *actions)
+        reports.append(capsys.readouterr().out.splitlines()[-3:])
+    assert reports[0][0] == "2 episodes"
+    assert reports[0][1].startswith("Return: ")
+    assert reports[0][2].startswith("Cost: ")
+    assert "limit 64: " in reports[0][2]
+    # The policy whose cost is limited is the stochastic one
+    assert reports[0] == reports[1] != reports[2]
 
 
-def test_enjoy_names_the_way_out_where_there_is_no_agent(tmp_path: Path, argv: Any) -> None:
-    from sb3_algd.zoo.enjoy import enjoy
+@pytest.mark.parametrize(("name", "shipped"), [("algd", True), ("sac_lag", False)])
+def test_enjoy_names_the_way_out_where_there_is_no_agent(name: str, shipped: bool, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="Name the log folder") as caught:
+        main("enjoy", "--algo", name, "--env", ENV, "-f", tmp_path, "--no-render")
+    assert (ENV in str(caught.value).partition("\n")[2]) == shipped
 
-    argv("--env", ENV, "-f", tmp_path, "--no-render")
-    with pytest.raises(SystemExit, match="Name the log folder"):
-        enjoy()
 
-
-def test_training_goes_on_from_an_agent(logs: Path, argv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sb3_algd.zoo.train import train
-
-    kept: list[ALGD] = []
+def test_training_goes_on_from_an_agent(algo: str, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[ConstrainedOffPolicyAlgorithm] = []
     monkeypatch.setattr(CostExperimentManager, "save_trained_model", lambda self, model: kept.append(model))
     monkeypatch.chdir(logs.parent)
-    # As a script would have found them
-    monkeypatch.setattr(rl_zoo3.train, "ExperimentManager", rl_zoo3.train.ExperimentManager)
-    agent = logs / "algd" / f"{ENV}_1" / f"{ENV}.zip"
-    argv("--env", ENV, "-n", 20, "-i", agent, "-f", logs.parent / "more", "--eval-freq", -1, "--device", "cpu")
-    train()
+    agent = logs / algo / f"{ENV}_1" / f"{ENV}.zip"
+    options = ["-n", 20, "-i", agent, "-f", logs.parent / "more", "--eval-freq", -1, "--device", "cpu"]
+    main("train", "--algo", algo, "--env", ENV, *options)
     # The replay buffer came along, so that learning starts at once
     assert kept[0].learning_starts == 0
     assert kept[0].replay_buffer is not None
@@ -117,27 +138,46 @@ def test_training_goes_on_from_an_agent(logs: Path, argv: Any, monkeypatch: pyte
     assert kept[0]._n_updates > 160
 
 
-def test_plots(logs: Path, argv: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots(algo: str, logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     monkeypatch.chdir(logs.parent)
-    argv("-e", ENV, "-f", logs, "-k", "costs", "-o", "costs", "--no-display")
-    all_plots.all_plots()
+    # ALGD is the default
+    algos = [] if algo == "algd" else ["-a", algo]
+    main("all_plots", *algos, "-e", ENV, "-f", logs, "-k", "costs", "-o", "costs", "--no-display")
     assert ENV in capsys.readouterr().out
     assert Path("costs.pkl").is_file()
-    argv("-e", ENV, "-f", logs, "-w", 1)
-    plot_train.plot_train()
-    argv("-e", ENV, "-f", logs, "-o", "costs.png")
-    plot_costs.plot_costs()
+    main("plot_train", *algos, "-e", ENV, "-f", logs, "-w", 1)
+    main("plot_costs", *algos, "-e", ENV, "-f", logs, "-o", "costs.png")
+    assert "Drawn from 1 run(s)" in capsys.readouterr().out
     assert Path("costs.png").stat().st_size > 10_000
-    assert plot_costs.read_cost_limit(logs / "algd" / f"{ENV}_1") == 64
-    argv("-e", "Safexp-PointPush1-v0", "-f", logs)
-    with pytest.raises(SystemExit, match="No evaluated run"):
-        plot_costs.plot_costs()
+    assert plot_costs.read_cost_limit(logs / algo / f"{ENV}_1") == 64
+    with pytest.raises(SystemExit, match=f"No evaluated run .*{algo}"):
+        main("plot_costs", *algos, "-e", "Safexp-PointPush1-v0", "-f", logs)
 
 
-def test_push_to_hub_tells_the_costs(logs: Path, argv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_algorithms_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plot_costs, "plot_learning_curves", lambda curves, *rest: drawn.update(curves))
+    for name, cost in (("algd", 1.0), ("sac_lag", 2.0)):
+        run_folder = tmp_path / name / f"{ENV}_1"
+        run_folder.mkdir(parents=True)
+        np.savez(run_folder / "evaluations.npz", timesteps=[10], results=[[5.0, 7.0]], costs=[[cost, cost]])
+    main("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path)
+    assert {label: curves[0]["cost_mean"].tolist() for label, curves in drawn.items()} == {"ALGD": [1.0], "SACLag": [2.0]}
+    with pytest.raises(SystemExit):
+        main("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path, "-l", "one")
+
+
+def test_the_zoos_commands_get_our_default_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[list[str]] = []
+    monkeypatch.setattr(__main__.runpy, "run_module", lambda *args, **kwargs: lines.append([*args, *sys.argv[1:]]))
+    main("load_from_hub", "--env", ENV)
+    assert lines == [["rl_zoo3.load_from_hub", "--algo", "algd", "--env", ENV]]
+
+
+def test_push_to_hub_tells_the_costs(algo: str, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FakeApi:
         """Takes what the Hub would."""
 
@@ -152,56 +192,81 @@ def test_push_to_hub_tells_the_costs(logs: Path, argv: Any, monkeypatch: pytest.
 
     monkeypatch.chdir(logs.parent)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    argv("--env", ENV, "-f", logs, "-orga", "nobody", "--no-render", "--device", "cpu")
-    push_to_hub.push_to_hub()
-    repo = Path("hub") / f"algd-{ENV}"
+    main("push_to_hub", "--algo", algo, "--env", ENV, "-f", logs, "-orga", "nobody", "--no-render", "--device", "cpu")
+    repo = Path("hub") / f"{algo}-{ENV}"
     results = json.loads((repo / "results.json").read_text())
     assert results["cost_limit"] == [64]
     assert results["mean_cost"][0] > 0
+    assert not results["is_deterministic"]
     card = (repo / "README.md").read_text()
     assert "limit 64.00." in card
-    assert "python -m sb3_algd.zoo.enjoy --algo algd" in card
+    assert f"**{ALGORITHMS[algo].__name__}** Agent" in card
+    assert f"python -m sb3_algd.zoo enjoy --algo {algo}" in card
     assert "-m rl_zoo3" not in card
 
 
-def test_an_agent_to_show_takes_no_memory(logs: Path) -> None:
-    model = ALGDToShow.load(logs / "algd" / f"{ENV}_1" / f"{ENV}.zip", device="cpu")
-    assert model.replay_buffer is not None
-    assert model.replay_buffer.buffer_size == 1
+def test_an_algorithm_of_others_is_trained_and_enjoyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mine(SACLag):
+        """An algorithm that is not in this package."""
+
+    for table in (rl_zoo3.ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER):
+        monkeypatch.setitem(table, "mine", None)
+    register("mine", Mine)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yml").write_text(f"{ENV}:\n  n_timesteps: 120\n  policy: MlpPolicy\n")
+    main("train", "--algo", "mine", "--env", ENV, "--conf-file", "mine.yml", "--device", "cpu", "-params", *TINY)
+    main("enjoy", "--algo", "mine", "--env", ENV, "-f", "logs", "-n", 100, "--no-render", "--device", "cpu")
+    assert "limit 64: " in capsys.readouterr().out
 
 
-def test_every_task_has_an_entry_that_fits() -> None:
-    config = yaml.safe_load(CONFIG_FILE.read_text())
-    accepted = {*inspect.signature(ALGD).parameters, "n_timesteps"}
+def test_an_agent_to_show_takes_no_memory(algo: str, logs: Path) -> None:
+    path = logs / algo / f"{ENV}_1" / f"{ENV}.zip"
+    loaded: list[ConstrainedOffPolicyAlgorithm] = []
+    with agents_to_show(loaded.append):
+        model = rl_zoo3.ALGOS[algo].load(path, device="cpu")
+    assert loaded == [model]
+    assert type(model) is ALGORITHMS[algo]
+    assert loaded[0].replay_buffer is not None
+    assert loaded[0].replay_buffer.buffer_size == 1
+    assert ALGORITHMS[algo].load(path, device="cpu").buffer_size > 1
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_entry_fits_its_task(name: str) -> None:
+    config = yaml.safe_load((CONFIGS / f"{name}.yml").read_text())
+    accepted = {*inspect.signature(ALGORITHMS[name]).parameters, "n_timesteps"}
     for entry in entries():
-        hyperparams = config[entry.id]
+        if name != "algd" and entry.track == STOCK:
+            # They have the default
+            continue
+        hyperparams = config.pop(entry.id)
         assert set(hyperparams) <= accepted, entry.id
         declared = gym.make(entry.id).get_wrapper_attr("cost_limit") if entry.track == OWN else 25.0
         assert hyperparams["cost_limit"] == entry.kwargs.get("cost_limit", declared), entry.id
         assert hyperparams.get("cost_limit_discounted", False) == (entry.track == SPEED), entry.id
         assert float(hyperparams["n_timesteps"]) > 0
-    assert set(config) == {"default", *(entry.id for entry in entries())}
+    assert set(config) == {"default"}
 
 
 def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> None:
     (agent,) = TRAINED_AGENTS.glob("algd/*/*.zip")
     assert agent.stat().st_size < 500_000
-    for noise in ([], ["--stochastic"]):
-        out = run("enjoy", "--env", agent.stem, "-n", 500, "--no-render", "--device", "cpu", *noise, cwd=tmp_path)
+    for actions in ([], ["--deterministic"]):
+        out = run("enjoy", "--env", agent.stem, "-n", 500, "--no-render", "--device", "cpu", *actions, cwd=tmp_path)
         assert f"Loading {agent}" in out
         assert "limit 64: the limit holds" in out
     run("record_video", "--env", agent.stem, "-n", 5, cwd=tmp_path)
     assert list((tmp_path / "videos").glob("*.mp4"))
 
 
-def test_commands_are_told_and_checked(argv: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    argv()
-    __main__.main()
+def test_commands_are_told_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
     told = capsys.readouterr().out
     assert all(command in told for command in __main__.COMMANDS)
-    argv("trian")
     with pytest.raises(SystemExit, match="choose one of train"):
-        __main__.main()
+        main("trian")
 
 
 def test_data_is_packaged_from_the_top_level(tmp_path: Path) -> None:
@@ -214,23 +279,49 @@ def test_data_is_packaged_from_the_top_level(tmp_path: Path) -> None:
         timeout=300,
     )
     packaged = tmp_path / "sb3_algd" / "zoo"
-    assert (packaged / "zoo_configs" / "algd.yml").read_text() == (root / "zoo_configs" / "algd.yml").read_text()
+    for name in ALGORITHMS:
+        file = f"zoo_configs/{name}.yml"
+        assert (packaged / file).read_text() == (root / file).read_text()
     assert list((packaged / "trained_agents").glob("algd/*/*.zip"))
 
 
-def test_algd_is_evaluated_with_its_noise(tmp_path: Path) -> None:
-    for algo, deterministic in (("algd", False), ("sac", True)):
-        manager = CostExperimentManager(argparse.Namespace(), algo, ENV, str(tmp_path))
-        assert manager.deterministic_eval == deterministic
+@pytest.mark.parametrize(("name", "deterministic"), [("algd", False), ("sac_lag", False), ("sac", True)])
+def test_constrained_algorithms_are_evaluated_with_their_noise(name: str, deterministic: bool, tmp_path: Path) -> None:
+    manager = CostExperimentManager(argparse.Namespace(), name, ENV, str(tmp_path))
+    assert manager.deterministic_eval == deterministic
 
 
 def test_schedules_of_all_learning_rates() -> None:
     hyperparams = CostExperimentManager._preprocess_schedules(
-        {"learning_rate": "lin_1e-3", "multiplier_learning_rate": "lin_2e-3", "policy_learning_rate": 1e-4}
+        {
+            "learning_rate": "lin_1e-3",
+            "cost_critic_learning_rate": "lin_3e-3",
+            "multiplier_kwargs": {"learning_rate": "lin_2e-3", "space": "log"},
+            "actor_learning_rate": 1e-4,
+        }
     )
     assert hyperparams["learning_rate"](0.5) == 5e-4
-    assert hyperparams["multiplier_learning_rate"](0.5) == 1e-3
-    assert hyperparams["policy_learning_rate"] == 1e-4
+    assert hyperparams["cost_critic_learning_rate"](0.5) == 1.5e-3
+    assert hyperparams["multiplier_kwargs"].pop("learning_rate")(0.5) == 1e-3
+    assert hyperparams["multiplier_kwargs"] == {"space": "log"}
+    assert hyperparams["actor_learning_rate"] == 1e-4
+
+
+def test_dictionaries_in_a_configuration_may_be_strings(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yml"
+    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: \"dict(space='log')\"\n")
+    manager = CostExperimentManager(argparse.Namespace(), "sac_lag", ENV, str(tmp_path), config=str(config))
+    assert manager.read_hyperparameters()[0]["multiplier_kwargs"] == {"space": "log"}
+
+
+@pytest.mark.parametrize(
+    ("old", "today"),
+    [("multiplier_init", r"multiplier_kwargs=dict\(init_value=...\)"), ("policy_learning_rate", "actor_learning_rate")],
+)
+def test_old_arguments_name_those_of_today(old: str, today: str, tmp_path: Path) -> None:
+    manager = CostExperimentManager(argparse.Namespace(), "algd", ENV, str(tmp_path), hyperparams={old: 1.0})
+    with pytest.raises(ValueError, match=f"{old} is .* {today}"):
+        manager.read_hyperparameters()
 
 
 def test_episode_costs_are_summed_up() -> None:

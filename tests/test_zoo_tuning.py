@@ -1,9 +1,10 @@
 """Tuning under the constraint."""
 
+import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,25 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import StoreDict
+from torch import nn
 
-from sb3_algd import ALGD
-from sb3_algd.evaluation import evaluate_policy
-from sb3_algd.recorder import make_envs
-from sb3_algd.zoo.hyperparams import convert_algd_params, sample_algd_params
-from sb3_algd.zoo.tuning import TrialCostEvalCallback, best_feasible_trial, is_feasible, pruning_value, write_report
+from sb3_algd import ALGD, SACLag
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.evaluation import evaluate_policy
+from sb3_algd.common.recorder import make_envs
+from sb3_algd.zoo.__main__ import main
+from sb3_algd.zoo.hyperparams import sample_algd_params
+from sb3_algd.zoo.manager import CostExperimentManager
+from sb3_algd.zoo.tuning import (
+    TrialCostEvalCallback,
+    as_options,
+    best_feasible_trial,
+    is_feasible,
+    pruning_value,
+    write_report,
+)
 
 ENV = "TwoModes-v0"
 # As small as a trial can be; what is tuned overrides what it can
@@ -101,7 +115,7 @@ def test_a_trial_states_the_constraint_once(cost_limit: float) -> None:
     callback = TrialCostEvalCallback(make_envs(ENV, seed=3), trial, n_eval_episodes=2, eval_freq=50)
     model.learn(100, callback=callback)
     expected = evaluate_policy(model, make_envs(ENV, seed=3), 2)
-    # Deterministic actions, but the targets differ from evaluation to evaluation
+    # Actions and targets differ from evaluation to evaluation
     assert trial.user_attrs["cost"][0] == pytest.approx(expected[2], abs=5)
     scale = cost_limit or 1.0
     assert trial.constraints["cost"] == pytest.approx((trial.user_attrs["cost"][0] - cost_limit) / scale)
@@ -110,33 +124,50 @@ def test_a_trial_states_the_constraint_once(cost_limit: float) -> None:
     assert sorted(study.trials[0].intermediate_values) == [1, 2]
 
 
-def test_sampled_parameters_make_a_model() -> None:
+@pytest.mark.parametrize("algo", ["algd", "sac_lag"])
+def test_sampled_parameters_make_a_model(algo: str) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
     for her in (False, True):
         trial = study.ask()
         args: dict[str, Any] = {"using_her_replay_buffer": her, "her_kwargs": {}}
-        sampled = sample_algd_params(trial, 1, 1, args)
+        sampled = HYPERPARAMS_SAMPLER[algo](trial, 1, 1, args)
         # --trial-id reads them back
-        assert convert_algd_params(trial.params) == sampled
+        assert HYPERPARAMS_CONVERTER[algo](trial.params) == sampled
         her_kwargs = sampled.pop("replay_buffer_kwargs", {})
         assert (len(her_kwargs) > 0) == her
-        model = ALGD("DiffusionPolicy", ENV, learning_starts=10, buffer_size=100, **sampled)
+        algorithms: dict[str, type[ConstrainedOffPolicyAlgorithm]] = {"algd": ALGD, "sac_lag": SACLag}
+        model = algorithms[algo]("MlpPolicy", ENV, learning_starts=10, buffer_size=100, **sampled)
         model.learn(12)
+
+
+@pytest.mark.parametrize("algo", ["algd", "sac_lag"])
+def test_options_of_a_report_give_the_parameters_of_the_trial(algo: str) -> None:
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(0)).ask()
+    sampled = HYPERPARAMS_SAMPLER[algo](trial, 1, 1, {"using_her_replay_buffer": False})
+    given = {"cost_limit": 151.98912, "policy_kwargs": {"activation_fn": nn.Tanh}, "cost_key": "my cost"}
+    words = shlex.split(as_options(trial.params, given))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-params", nargs="+", action=StoreDict)
+    read = parser.parse_args(words).params
+    assert (read.pop("cost_limit"), read.pop("cost_key")) == (151.98912, "my cost")
+    assert read["policy_kwargs"].pop("activation_fn") is nn.Tanh
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rounded(item) for name, item in value.items()}
+        return pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
+
+    assert read == rounded(sampled)
 
 
 @pytest.fixture
 def optimize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command in this process."""
-    import rl_zoo3.train
-
-    from sb3_algd.zoo.train import train
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rl_zoo3.train, "ExperimentManager", rl_zoo3.train.ExperimentManager)
 
     def run(*options: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train", *OPTIONS, *options])
-        train()
+        monkeypatch.setattr(sys, "argv", ["sb3-algd", "train", *OPTIONS, *options])
+        main()
 
     return run
 
@@ -165,8 +196,18 @@ def test_a_trial_that_breaks_off_does_not_end_the_study(
     assert report.read_text().count("broke off") == 2
 
 
+def test_any_constrained_algorithm_is_tuned(optimize: Any, tmp_path: Path) -> None:
+    optimize("cost_limit:999.5", "--n-trials", "1", "--algo", "sac_lag")
+    (report,) = (tmp_path / "logs" / "sac_lag").glob("tuning_*.md")
+    text = report.read_text()
+    assert "Best trial: **0**" in text
+    # What was given is among the options, so that they are the whole trial
+    assert "cost_limit:999.5" in text
+    assert "learning_starts:90" in text
+
+
 def test_two_workers_share_a_study(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sb3_algd.zoo.train", *OPTIONS, "cost_limit:1000.0", "--seed", "0"]
+    command = [sys.executable, "-m", "sb3_algd.zoo", "train", *OPTIONS, "cost_limit:1000.0", "--seed", "0"]
     command += ["--storage", "study.log", "--study-name", "shared", "--max-total-trials", "4"]
     workers = [
         subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
@@ -187,16 +228,17 @@ def test_two_workers_share_a_study(tmp_path: Path) -> None:
 
 
 def test_the_first_trial_can_be_loaded(tmp_path: Path) -> None:
-    from sb3_algd.zoo.manager import CostExperimentManager
-
     path = str(tmp_path / "study.log")
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(path)), study_name="s", direction="maximize", load_if_exists=True
     )
     finish(study, 5.0, 9.0)
-    manager = CostExperimentManager(
-        SimpleNamespace(), "algd", ENV, str(tmp_path), storage=path, study_name="s", trial_id=0  # type: ignore[arg-type]
-    )
-    hyperparams, _ = manager.read_hyperparameters()
+    options: dict[str, Any] = dict(storage=path, study_name="s", trial_id=0, hyperparams={"tau": 0.5})
+    manager = CostExperimentManager(argparse.Namespace(), "algd", ENV, str(tmp_path), **options)
+    hyperparams, saved = manager.read_hyperparameters()
+    assert dict(saved) == hyperparams
     assert hyperparams["rho"] == study.trials[0].params["rho"]
-    assert "net_arch" in hyperparams["policy_kwargs"]
+    # Between the task's configuration and the command line
+    assert hyperparams["policy_kwargs"]["denoising_steps"] == study.trials[0].params["policy_kwargs.denoising_steps"]
+    assert hyperparams["policy_kwargs"]["diffusion_kwargs"] == {"sigma_max": 0.2}
+    assert hyperparams["tau"] == 0.5

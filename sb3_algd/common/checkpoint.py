@@ -18,6 +18,7 @@ Like every file that Stable-Baselines3 loads, these contain pickled objects: ope
 import json
 import os
 import pickle
+import pydoc
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -147,7 +148,6 @@ class ResumableCheckpointCallback(BaseCallback):
             if hasattr(callback, "episodes_restarted"):
                 callback.episodes_restarted()
         state = {
-            "model_class": type(self.model),
             "seed": seed,
             "observation": original_observation(model),
             "last_obs": model._last_obs,
@@ -163,6 +163,8 @@ class ResumableCheckpointCallback(BaseCallback):
             "number": number,
             "num_timesteps": model.num_timesteps,
             "n_envs": model.n_envs,
+            # Its name, because a class that was defined in the training program is found nowhere else
+            "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
             "save_freq": self.save_freq,
             "model": f"model_{number}.zip",
             "state": f"state_{number}.pkl",
@@ -320,14 +322,18 @@ def resume(
     """
     path = Path(path)
     manifest = read_manifest(path)
-    with (path / manifest["state"]).open("rb") as file:
-        state = pickle.load(file)
-    model_class = model_class or state.get("model_class")
-    if model_class is None:
-        raise ValueError(f"The checkpoint in {path} does not name its algorithm: give model_class, for instance ALGD.")
-    model = model_class.load(path / manifest["model"], env, device, custom_objects, force_reset=False)
+    # Version 0.1.0 has not noted the class
+    name = manifest.get("model_class", "")
+    found: Any = model_class or (pydoc.locate(name) if name else None)
+    if found is None:
+        raise ValueError(
+            f"The class of the model in {path}, {name or 'which is not noted'}, cannot be found: give model_class."
+        )
+    model: ConstrainedOffPolicyAlgorithm = found.load(path / manifest["model"], env, device, custom_objects, force_reset=False)
     if model.n_envs != manifest["n_envs"]:
         raise ValueError(f"The interrupted run had {manifest['n_envs']} environment(s), not {model.n_envs}: give as many.")
+    with (path / manifest["state"]).open("rb") as file:
+        state = pickle.load(file)
     assert model.replay_buffer is not None
     load_buffer(model.replay_buffer, state["buffer"], [path / file["name"] for file in manifest["buffer"]["files"]])
 
@@ -349,7 +355,7 @@ def resume(
         max(int(total_timesteps) - model.num_timesteps, 0),
         CallbackList(callbacks),
         log_interval,
-        tb_log_name or model_class.__name__,
+        tb_log_name or found.__name__,
         reset_num_timesteps=False,
         progress_bar=progress_bar,
     )

@@ -123,10 +123,15 @@ def callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
     """A callback and those inside it; lists of callbacks have nothing to remember."""
     if not isinstance(callback, CallbackList):
         yield callback
-    for name, value in vars(callback).items():
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, BaseCallback) and name != "parent":
-                yield from callbacks_in(child)
+    inside = [
+        child
+        for name, value in vars(callback).items()
+        for child in (value if isinstance(value, list) else [value])
+        if isinstance(child, BaseCallback) and name != "parent"
+    ]
+    # Two attributes may hold the same one
+    for child in {id(child): child for child in inside}.values():
+        yield from callbacks_in(child)
 
 
 def _is_plain(value: Any) -> bool:

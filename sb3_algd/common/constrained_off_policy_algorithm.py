@@ -160,12 +160,9 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         for name in self._non_negative:
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
-        length = self.episode_length
         for name in ("target_update_interval", "policy_delay"):
             if getattr(self, name) < 1 or getattr(self, name) != int(getattr(self, name)):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {getattr(self, name)}.")
-        if length is not None and (length < 1 or length != int(length)):
-            raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {length}.")
 
     def _settle_constraint(self) -> None:
         super()._settle_constraint()
@@ -316,13 +313,13 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
     def _update_learning_rates(self) -> None:
         progress = self._current_progress_remaining
         self.logger.record("train/learning_rate", self.lr_schedule(progress))
-        schedules = [
-            (self.critic.optimizer, None),
-            (self.cost_critic.optimizer, self.cost_critic_lr_schedule),
-            (self.lagrange_multiplier.optimizer, self.multiplier_lr_schedule),
-            *((optimizer, self.actor_lr_schedule) for optimizer in self._actor_optimizers()),
-        ]
-        for optimizer, schedule in schedules:
+        schedules: dict[th.optim.Optimizer, Schedule | None] = {
+            **dict.fromkeys([self.critic.optimizer, *self._actor_optimizers()]),
+            self.actor.optimizer: self.actor_lr_schedule,
+            self.cost_critic.optimizer: self.cost_critic_lr_schedule,
+            self.lagrange_multiplier.optimizer: self.multiplier_lr_schedule,
+        }
+        for optimizer, schedule in schedules.items():
             update_learning_rate(optimizer, (schedule or self.lr_schedule)(progress))
 
     def _log_training(self, means: dict[str, th.Tensor]) -> None:

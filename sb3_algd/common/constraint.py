@@ -33,8 +33,8 @@ def budget_per_unit_cost(horizon: int, cost_gamma: float) -> float:
     :param cost_gamma: Discount factor of the cost critics, in (0, 1].
     :return: The factor that turns a cost per episode into a discounted cost-to-go.
     """
-    if horizon < 1:
-        raise ValueError(f"The episode length must be at least 1 step, got {horizon}.")
+    if horizon < 1 or horizon != int(horizon):
+        raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {horizon}.")
     if not 0.0 < cost_gamma <= 1.0:
         raise ValueError(f"cost_gamma must be in (0, 1], got {cost_gamma}.")
     if cost_gamma == 1.0:
@@ -47,11 +47,11 @@ def check_cost_limit(cost_limit: object) -> np.ndarray:
     Validate a cost limit and give it its canonical form.
 
     :param cost_limit: A number, or one number per constraint.
-    :return: The limits as a float64 array of shape (n_c,).
+    :return: The limits as a read-only float64 array of shape (n_c,).
     :raises ValueError: If a limit is not a number, negative or not finite, or if there is none.
     """
     try:
-        limits = np.atleast_1d(np.asarray(cost_limit, dtype=np.float64))
+        limits = np.atleast_1d(np.array(cost_limit, dtype=np.float64))
     except (TypeError, ValueError):
         limits = np.empty(0)
     if limits.ndim != 1 or limits.size == 0:
@@ -61,6 +61,8 @@ def check_cost_limit(cost_limit: object) -> np.ndarray:
             f"cost_limit must be finite and >= 0, got {cost_limit!r}: it is the cost allowed per episode "
             "(use 0 to forbid any cost, or a very large number to leave a cost unconstrained)."
         )
+    # Set as a whole only: the budget would not follow a change of one number
+    limits.flags.writeable = False
     return limits
 
 

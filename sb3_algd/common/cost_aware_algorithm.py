@@ -198,17 +198,19 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         :param truncate_last_traj: See SB3, for goal-conditioned buffers.
         :raises ValueError: If the buffer has no costs, another number of them, or is of another kind; the present one stays.
         """
-        present = self.replay_buffer
-        super().load_replay_buffer(path, truncate_last_traj)
-        loaded = self.replay_buffer
-        self.replay_buffer = present
+        # The user may have deleted it to make room
+        present = getattr(self, "replay_buffer", None)
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            loaded = self.replay_buffer
+        finally:
+            self.replay_buffer = present
         if not isinstance(loaded, CostStorage):
             raise ValueError(
                 f"The replay buffer in {path} holds no costs ({type(loaded).__name__}), but the model has "
                 f"{self.n_constraints} constraint(s): load one that was saved by a model with constraints."
             )
-        if present is not None:
-            loaded.adopt_settings(present)
+        loaded.adopt_settings(self._make_replay_buffer() if present is None else present)
         self.replay_buffer = loaded
 
     # --- rollouts ---------------------------------------------------------------------------------------------------------

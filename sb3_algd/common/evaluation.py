@@ -115,11 +115,13 @@ def evaluate_policy(
     :raises ValueError: If a cost is not finite, the number of costs changes, or ``step`` returns six values.
     :raises RuntimeError: If the process of an environment died.
     """
+    # Costs that the caller has chosen may be others than the model's, and of another number
+    n_constraints = getattr(model, "n_constraints", None) if cost_key is None else None
     if cost_key is None:
         cost_key = getattr(model, "cost_key", "cost")
     if cost_gamma is None:
         cost_gamma = cost_discount(model)
-    counter = CostCounter(cost_key, cost_gamma, callback, getattr(model, "n_constraints", None))
+    counter = CostCounter(cost_key, cost_gamma, callback, n_constraints)
     with explain_environment_errors():
         rewards, lengths = sb3_evaluate_policy(
             model,

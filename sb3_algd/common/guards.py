@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch as th
+from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.vec_env import VecNormalize
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ class WeightsBackup:
         """
         if self._parameters is not None and model._n_updates - self._n_updates < BACKUP_INTERVAL:
             return
-        parameters = model.get_parameters()
+        # What a subclass keeps as single tensors is not among SB3's parameters
+        variables = {name: recursive_getattr(model, name).detach() for name in model._get_torch_save_params()[1]}
+        parameters = {**model.get_parameters(), "": variables}
         # The next losses will show it; the old copy is needed then
         if all_finite(parameters):
             self._parameters, self._n_updates = copy.deepcopy(parameters), model._n_updates
@@ -151,6 +154,9 @@ class WeightsBackup:
         """
         if self._parameters is None:
             return "Go back to the last saved model"
-        model.set_parameters(self._parameters, device=model.device)
+        parameters = dict(self._parameters)
+        for name, value in parameters.pop("").items():
+            recursive_getattr(model, name).data.copy_(value)
+        model.set_parameters(parameters, device=model.device)
         model._n_updates = self._n_updates
         return f"The model was set back to what it was after update {self._n_updates} and can be saved"

@@ -1,5 +1,6 @@
 """Models that version 0.1.0 has saved: their arguments have other names today."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from sb3_algd.common.episode_costs import RECENT_EPISODES, EpisodeCostTracker
@@ -16,9 +17,23 @@ _IN_KWARGS = {
     "score_pairing": ("score_kwargs", "pairing"),
     "score_grad_through_chain": ("score_kwargs", "grad_through_chain"),
 }
-_GONE = ("use_sde_at_warmup", "cuda_graph", "_cost_reported", "_missing_episode_reported", "policy_lr_schedule")
-# Options that no measurement supported, and the values with which they did nothing
-_REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False}
+_GONE = ("cuda_graph", "_cost_reported", "_missing_episode_reported", "policy_lr_schedule")
+# Options that no measurement supported, and the values that training has today
+_REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False, "guidance_coef": 1.0}
+
+
+def refuse_old_arguments(arguments: Iterable[str]) -> None:
+    """
+    Name what takes the place of arguments of version 0.1.0.
+
+    :param arguments: Names of arguments.
+    :raises ValueError: If one of them has another name today.
+    """
+    today = {old: f"{place}=dict({new}=...)" for old, (place, new) in _IN_KWARGS.items()}
+    today["policy_learning_rate"] = "actor_learning_rate"
+    for name in arguments:
+        if name in today:
+            raise ValueError(f"{name} is an argument of version 0.1.0, today it is {today[name]}.")
 
 
 class DeclaredConstraint:
@@ -39,13 +54,16 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
         saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
         # What was given to load() comes first
         attributes[name] = {**saved, **(attributes.get(name) or {})}
-    attributes["actor_learning_rate"] = attributes.pop("policy_learning_rate")
-    guidance_coef = attributes.pop("guidance_coef")
-    if guidance_coef > 0:
-        attributes["score_coef"] /= guidance_coef
-    for name, without_effect in _REMOVED_OPTIONS.items():
+    actor_learning_rate = attributes.pop("policy_learning_rate")
+    if attributes["actor_learning_rate"] is None:
+        attributes["actor_learning_rate"] = actor_learning_rate
+    # Adam's steps depend on the ratio of the two only
+    if attributes["guidance_coef"] > 0:
+        attributes["score_coef"] /= attributes["guidance_coef"]
+        attributes["guidance_coef"] = 1.0
+    for name, today in _REMOVED_OPTIONS.items():
         value = attributes.pop(name)
-        if value != without_effect:
+        if value != today:
             warn_user(f"This model was trained with {name}={value!r}, which is no longer there: training goes on without it.")
     for name in _GONE:
         attributes.pop(name, None)

@@ -95,7 +95,7 @@ class LearningCurveRecorder(BaseCallback):
     :param n_episodes: Episodes with stochastic actions.
     :param n_deterministic: Episodes with deterministic actions. One is enough where every episode starts the same.
     :param seed: Seed of the run; evaluations use seeds derived from it that training does not use.
-    :param cost_key: Key of ``info`` that holds the cost, or a function of it.
+    :param cost_key: Key of ``info`` that holds the cost, or a function of it. None for the model's own.
     :param cost_gamma: Discount factor of evaluated costs. None for that of the model's limit.
     :param on_row: Called with each new row.
     """
@@ -108,7 +108,7 @@ class LearningCurveRecorder(BaseCallback):
         n_episodes: int = 20,
         n_deterministic: int = 1,
         seed: int = 0,
-        cost_key: CostKey = "cost",
+        cost_key: CostKey | None = None,
         cost_gamma: float | None = None,
         on_row: Callable[[Row], None] | None = None,
     ) -> None:
@@ -134,6 +134,8 @@ class LearningCurveRecorder(BaseCallback):
             )
         if self.cost_gamma is None:
             self.cost_gamma = cost_discount(self.model)
+        if self.cost_key is None:
+            self.cost_key = getattr(self.model, "cost_key", "cost")
         with preserved_random_state(self.model.device):
             self.stochastic_env = self.make_eval_env(self.n_episodes)
             self.deterministic_env = self.make_eval_env(self.n_deterministic)
@@ -148,6 +150,7 @@ class LearningCurveRecorder(BaseCallback):
 
     def _on_step(self) -> bool:
         self.seconds += self._stopwatch.lap()
+        assert self.cost_key is not None
         costs, _ = read_costs(self.locals["infos"], self.cost_key, 1)
         self._training_costs.update(costs, self.locals["dones"])
         if self.num_timesteps >= self._next_eval:

@@ -2,13 +2,35 @@
 
 from typing import Any
 
+import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.sac.policies import Actor
 from torch import nn
 
 from sb3_algd.common.policies import ConstrainedPolicy
+
+
+class UncheckedGaussian(SquashedDiagGaussianDistribution):
+    """
+    SB3's squashed Gaussian without PyTorch's checks of its numbers.
+
+    The checks wait for the device, three times for each batch. At a divergence they raise an error of their own, before the
+    algorithm can set the weights back.
+    """
+
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> "UncheckedGaussian":
+        """
+        Create the distribution given its parameters.
+
+        :param mean_actions: Means before squashing, shape (batch, action_dim)
+        :param log_std: Logarithms of the standard deviations, same shape
+        :return: The distribution
+        """
+        self.distribution = th.distributions.Normal(mean_actions, log_std.exp(), validate_args=False)
+        return self
 
 
 class SACLagPolicy(ConstrainedPolicy):
@@ -42,7 +64,9 @@ class SACLagPolicy(ConstrainedPolicy):
 
     def make_actor(self) -> Actor:
         """:return: SAC's actor, on the policy's device."""
-        return Actor(**self._update_features_extractor(self.actor_kwargs)).to(self.device)
+        actor = Actor(**self._update_features_extractor(self.actor_kwargs))
+        actor.action_dist = UncheckedGaussian(actor.action_dist.action_dim)  # type: ignore[assignment]
+        return actor.to(self.device)
 
 
 MlpPolicy = SACLagPolicy

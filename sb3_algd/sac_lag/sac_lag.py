@@ -85,7 +85,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         allow: 0 if there were no negative ones
     :param actor_learning_rate: Learning rate of the actor, ``learning_rate`` if ``None``
     :param cost_critic_learning_rate: Learning rate of the cost critics, ``learning_rate`` if ``None``
-    :param ent_coef: Entropy regularization coefficient. ``"auto"`` to learn it automatically,
+    :param ent_coef: Entropy regularization coefficient, a number >= 0. ``"auto"`` to learn it automatically,
         ``"auto_0.1"`` to start from 0.1
     :param target_entropy: target entropy when learning ``ent_coef``, ``"auto"`` for minus the number of action dimensions
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts``
@@ -202,7 +202,6 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         # The logarithm is learned, as in SB3's SAC; a fixed coefficient has no optimizer
-        self._learns_ent_coef = isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto")
         self._target_entropy = (
             -float(np.prod(self.action_space.shape)) if self.target_entropy == "auto" else float(self.target_entropy)
         )
@@ -213,12 +212,19 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        self._learns_ent_coef = isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto")
         try:
-            valid = self._initial_ent_coef() > 0
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ValueError(f"ent_coef must be a number > 0, 'auto' or 'auto_<number > 0>', got {self.ent_coef!r}.")
+            coef = self._initial_ent_coef()
+        except (TypeError, ValueError):
+            coef = np.nan
+        if not 0.0 <= coef < np.inf or (self._learns_ent_coef and coef == 0.0):
+            raise ValueError(f"ent_coef must be a number >= 0, 'auto' or 'auto_<number > 0>', got {self.ent_coef!r}.")
+        try:
+            finite = self.target_entropy == "auto" or np.isfinite(float(self.target_entropy))
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise ValueError(f"target_entropy must be a finite number or 'auto', got {self.target_entropy!r}.")
 
     def _initial_ent_coef(self) -> float:
         if self.ent_coef == "auto":
@@ -270,6 +276,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
-        if self._learns_ent_coef:
-            state_dicts = [*state_dicts, "ent_coef_optimizer"]
-        return state_dicts, [*variables, "log_ent_coef"]
+        if not self._learns_ent_coef:
+            # It follows from the argument, which may be given anew to load()
+            return state_dicts, variables
+        return [*state_dicts, "ent_coef_optimizer"], [*variables, "log_ent_coef"]

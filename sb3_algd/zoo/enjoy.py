@@ -1,7 +1,7 @@
 """
 The Zoo's ``enjoy``: watch a trained agent, and see what it earns and what it costs.
 
-    python -m sb3_algd.zoo.enjoy --env Safexp-PointButton1-v0
+    python -m sb3_algd.zoo enjoy --env Safexp-PointButton1-v0
 """
 
 import os
@@ -14,15 +14,17 @@ import rl_zoo3.enjoy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_algd.algd import ALGD
-from sb3_algd.buffers import read_costs
-from sb3_algd.constraint import EpisodeCostTracker
-from sb3_algd.recorder import cost_discount
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.episode_costs import EpisodeCostTracker, read_costs
+from sb3_algd.common.evaluation import cost_discount
 from sb3_algd.zoo import ALGO
-from sb3_algd.zoo.commandline import ALGDToShow, default_option, default_to_trained_agents, show_missing_agent
-
-# More than anybody will watch
-MAX_EPISODES = 100_000
+from sb3_algd.zoo.commandline import (
+    agents_to_show,
+    default_option,
+    default_to_stochastic,
+    default_to_trained_agents,
+    show_missing_agent,
+)
 
 
 class EpisodeCounter(VecEnvWrapper):
@@ -35,7 +37,7 @@ class EpisodeCounter(VecEnvWrapper):
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
         #: Whose limit counts, to be set before the first step; without it nothing is counted
-        self.model: ALGD | None = None
+        self.model: ConstrainedOffPolicyAlgorithm | None = None
         self.returns: list[float] = []
         self._tracker: EpisodeCostTracker | None = None
 
@@ -49,9 +51,7 @@ class EpisodeCounter(VecEnvWrapper):
         if self.model is None:
             return observations, rewards, dones, infos
         if self._tracker is None:
-            self._tracker = EpisodeCostTracker(
-                self.num_envs, self.model.n_constraints, cost_discount(self.model), MAX_EPISODES
-            )
+            self._tracker = EpisodeCostTracker(self.num_envs, self.model.n_constraints, cost_discount(self.model))
         costs, _ = read_costs(infos, self.model.cost_key, self.model.n_constraints)
         self._tracker.update(costs, dones)
         # By a Monitor, so of the rewards before any normalisation
@@ -81,7 +81,7 @@ class EpisodeCounter(VecEnvWrapper):
 
 
 def enjoy() -> None:
-    """Run the Zoo's command with our default algorithm and agents, and report costs."""
+    """Run the Zoo's command with our default algorithm, agents and actions, and report costs."""
     counters: list[EpisodeCounter] = []
     create_test_env = rl_zoo3.enjoy.create_test_env
 
@@ -89,23 +89,18 @@ def enjoy() -> None:
         counters.append(EpisodeCounter(create_test_env(*args, **kwargs)))
         return counters[-1]
 
-    class CountedALGD(ALGDToShow):
-        """Tells the counter of the limit."""
-
-        @classmethod
-        def load(cls, *args: Any, **kwargs: Any) -> ALGD:  # type: ignore[override]
-            """:param args: Of ALGD's. :param kwargs: Of ALGD's. :return: The model"""
-            counters[-1].model = super().load(*args, **kwargs)
-            return counters[-1].model
+    def tell_counter(model: ConstrainedOffPolicyAlgorithm) -> None:
+        counters[-1].model = model
 
     default_option("--algo", ALGO)
     default_to_trained_agents()
+    default_to_stochastic()
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         print("There is no display here, so nothing is drawn (--no-render). record_video leaves a video instead.")
         sys.argv.append("--no-render")
     with (
         patch.object(rl_zoo3.enjoy, "create_test_env", create_counted_env),
-        patch.dict(rl_zoo3.ALGOS, {ALGO: CountedALGD}),
+        agents_to_show(tell_counter),
     ):
         try:
             rl_zoo3.enjoy.enjoy()

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import time
+from collections import OrderedDict
 from pathlib import Path
+from pprint import pprint
 from typing import Any
 from unittest.mock import patch
 
@@ -18,9 +20,11 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd.algd import ALGD
-from sb3_algd.callbacks import CostEvalCallback
-from sb3_algd.zoo import ALGO, CONFIG_FILE
+from sb3_algd.common.callbacks import CostEvalCallback
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.legacy import refuse_old_arguments
+from sb3_algd.zoo import CONFIGS, is_constrained
+from sb3_algd.zoo.hyperparams import merge_arguments
 from sb3_algd.zoo.tuning import BROKEN_OFF, TrialCostEvalCallback, best_feasible_trial, write_report
 
 #: Column of monitor.csv, from the wrapper of that name
@@ -28,7 +32,22 @@ EPISODE_COST = "episode_cost"
 #: How long another worker may take to make the tables of a new database
 TABLES_SECONDS = 5
 #: Schedules besides the Zoo's own ``learning_rate``, as ``lin_3e-4`` in a configuration
-SCHEDULES = ("policy_learning_rate", "cost_critic_learning_rate", "multiplier_learning_rate")
+SCHEDULES = ("actor_learning_rate", "cost_critic_learning_rate")
+
+
+def _evaluate_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate dictionaries that a configuration has as strings, as the Zoo does with some of them."""
+    return {
+        name: eval(value, vars(exp_manager)) if name.endswith("_kwargs") and isinstance(value, str) else value
+        for name, value in hyperparams.items()
+    }
+
+
+def _make_schedule(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Make a schedule of a string: rl_zoo3 2.9.2 knows four names of schedules and leaves any other one as it is."""
+    if not isinstance(kwargs.get(name), str):
+        return kwargs
+    return {**kwargs, name: ExperimentManager._preprocess_schedules({"learning_rate": kwargs[name]})["learning_rate"]}
 
 
 class CostExperimentManager(ExperimentManager):
@@ -38,27 +57,35 @@ class CostExperimentManager(ExperimentManager):
     :param args: The options of the command line
     :param algo: Name of the algorithm
     :param rest: See the Zoo's
-    :param kwargs: See the Zoo's; ``config`` is the file of hyperparameters, ours for ALGD if None
+    :param kwargs: See the Zoo's; ``config`` is the file of hyperparameters, ours for our algorithms if None
     """
 
     def __init__(self, args: argparse.Namespace, algo: str, *rest: Any, **kwargs: Any) -> None:
-        if algo == ALGO and kwargs.get("config") is None:
-            kwargs["config"] = str(CONFIG_FILE)
+        if kwargs.get("config") is None and (CONFIGS / f"{algo}.yml").is_file():
+            kwargs["config"] = str(CONFIGS / f"{algo}.yml")
         super().__init__(args, algo, *rest, **kwargs)
-        if algo == ALGO:
-            # The noise is part of a diffusion policy: without it an agent may be safe that is not safe as it acts in training
+        self.is_constrained = is_constrained(algo)
+        if self.is_constrained:
+            # The policy whose cost is limited is the stochastic one: it may exceed the limit where its mean actions do not
             self.deterministic_eval = False
         self._costs_reported = False
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """:return: Hyperparameters, and those that are saved with the run"""
-        if self.storage and self.study_name and self.trial_id == 0:
-            # rl_zoo3 2.9.2 takes trial 0 for no trial, and would train with the default hyperparameters
-            self.custom_hyperparams = {
-                **self.load_trial(self.storage, self.study_name, 0),
-                **(self.custom_hyperparams or {}),
-            }
+        trial_id = self.trial_id
+        if self.is_constrained:
+            # rl_zoo3 2.9.2 takes trial 0 for no trial, and would drop what else the configuration says of the policy
+            self.trial_id = None
         hyperparams, saved_hyperparams = super().read_hyperparameters()
+        if self.is_constrained:
+            hyperparams = _evaluate_kwargs(hyperparams)
+            if self.storage and self.study_name and trial_id is not None:
+                hyperparams = merge_arguments(hyperparams, self.load_trial(self.storage, self.study_name, trial_id))
+                hyperparams = merge_arguments(hyperparams, self.custom_hyperparams or {})
+                saved_hyperparams = OrderedDict(sorted(hyperparams.items()))
+                print(f"With the parameters of trial {trial_id}:")
+                pprint(saved_hyperparams)
+            refuse_old_arguments(hyperparams)
         cost_key = hyperparams.get("cost_key", "cost")
         if isinstance(cost_key, str):
             self._report_episode_costs(cost_key)
@@ -86,7 +113,7 @@ class CostExperimentManager(ExperimentManager):
 
     def create_callbacks(self) -> None:
         """Create the Zoo's callbacks, with one that evaluates costs."""
-        if self.algo != ALGO:
+        if not self.is_constrained:
             return super().create_callbacks()
         with patch.object(exp_manager, "EvalCallback", CostEvalCallback):
             return super().create_callbacks()
@@ -95,15 +122,14 @@ class CostExperimentManager(ExperimentManager):
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
         hyperparams = ExperimentManager._preprocess_schedules(hyperparams)
         for key in SCHEDULES:
-            # rl_zoo3 2.9.2 knows four names of schedules and leaves any other one a string
-            if isinstance(hyperparams.get(key), str):
-                as_learning_rate = ExperimentManager._preprocess_schedules({"learning_rate": hyperparams[key]})
-                hyperparams[key] = as_learning_rate["learning_rate"]
+            hyperparams = _make_schedule(hyperparams, key)
+        if "multiplier_kwargs" in hyperparams:
+            hyperparams["multiplier_kwargs"] = _make_schedule(hyperparams["multiplier_kwargs"], "learning_rate")
         return hyperparams
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         model = super()._load_pretrained_agent(hyperparams, env)
-        if isinstance(model, ALGD):
+        if isinstance(model, ConstrainedOffPolicyAlgorithm):
             # rl_zoo3 2.9.2 starts to count steps anew, and with them the warm-up. A trained policy acts itself then,
             # and needs no warm-up if it brought its replay buffer along.
             model.use_policy_at_warmup = True
@@ -121,15 +147,14 @@ class CostExperimentManager(ExperimentManager):
     def _sample(self, trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
         sampled = self._sampler_of_algo(trial, n_actions, n_envs, additional_args)
         # The Zoo would drop what the configuration says of the policy, the type of its diffusion among it
-        given = self._hyperparams.get("policy_kwargs") or {}
-        return {**sampled, "policy_kwargs": {**given, **sampled["policy_kwargs"]}}
+        return merge_arguments(self._hyperparams, sampled)
 
     def objective(self, trial: optuna.Trial) -> float:
         """
         :param trial: Optuna's trial
         :return: Mean return of the last evaluation; the trial holds the constraint
         """
-        if self.algo != ALGO:
+        if not self.is_constrained:
             return super().objective(trial)
         try:
             return super().objective(trial)
@@ -144,11 +169,11 @@ class CostExperimentManager(ExperimentManager):
 
     def hyperparameters_optimization(self) -> None:
         """Search for the hyperparameters with the highest return within the limit, and report all trials."""
-        if self.algo != ALGO:
+        if not self.is_constrained:
             return super().hyperparameters_optimization()
         studies: list[optuna.Study] = []
         create_study = optuna.create_study
-        self._sampler_of_algo = HYPERPARAMS_SAMPLER[ALGO]
+        self._sampler_of_algo = HYPERPARAMS_SAMPLER[self.algo]
 
         def create_and_keep(*args: Any, **kwargs: Any) -> optuna.Study:
             try:
@@ -162,7 +187,7 @@ class CostExperimentManager(ExperimentManager):
         with (
             patch.object(exp_manager.optuna, "create_study", create_and_keep),
             patch.object(exp_manager, "TrialEvalCallback", TrialCostEvalCallback),
-            patch.dict(HYPERPARAMS_SAMPLER, {ALGO: self._sample}),
+            patch.dict(HYPERPARAMS_SAMPLER, {self.algo: self._sample}),
         ):
             try:
                 super().hyperparameters_optimization()
@@ -179,7 +204,9 @@ class CostExperimentManager(ExperimentManager):
         # Those who share a study write one report, which each brings up to date
         name = study.study_name if self.storage is not None else str(int(time.time()))
         path = Path(self.log_folder) / self.algo / f"tuning_{self.env_name}_{name}"
-        best = write_report(study, path, f"Tuning on {self.env_name.gym_id}, {self.n_timesteps} steps per trial")
+        given = {name: value for name, value in self._hyperparams.items() if name.endswith("_kwargs")}
+        title = f"Tuning on {self.env_name.gym_id}, {self.n_timesteps} steps per trial"
+        best = write_report(study, path, title, {**given, **(self.custom_hyperparams or {})})
         if best is None:
             print("No trial kept the limit.")
         else:

@@ -1,14 +1,14 @@
 """
 Draw return and cost of evaluations during training, with the limit.
 
-    python -m sb3_algd.zoo.plot_costs -e Safexp-PointButton1-v0 -f logs -o costs.png
+    python -m sb3_algd.zoo plot_costs -a algd sac_lag -e Safexp-PointButton1-v0 -f logs -o costs.png
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import rl_zoo3
 from huggingface_sb3 import EnvironmentName
 from stable_baselines3.common.save_util import load_from_zip_file
 
@@ -18,14 +18,14 @@ from sb3_algd.zoo import ALGO
 
 def read_evaluations(path: Path, constraint: int = 0) -> Curve:
     """
-    :param path: An ``evaluations.npz`` that :class:`~sb3_algd.callbacks.CostEvalCallback` has left.
+    :param path: An ``evaluations.npz`` that :class:`~sb3_algd.common.callbacks.CostEvalCallback` has left.
     :param constraint: Which cost, where there are several.
     :return: Steps, and mean and standard deviation of return and cost.
     :raises ValueError: If it has no costs.
     """
     with np.load(path) as stored:
         if "costs" not in stored:
-            raise ValueError(f"{path} holds no costs: only runs of ALGD leave them.")
+            raise ValueError(f"{path} holds no costs: only runs of algorithms with a cost limit leave them.")
         returns, costs = stored["results"], stored["costs"]
         if costs.ndim == 3:
             costs = costs[:, :, constraint]
@@ -48,32 +48,32 @@ def read_cost_limit(run: Path, constraint: int = 0) -> float | None:
     return None
 
 
-def collect(folders: Sequence[Path], env_id: str) -> list[Path]:
-    """:param folders: Log folders. :param env_id: The task. :return: Folders of the runs on it that were evaluated."""
-    env_name = EnvironmentName(env_id)
-    paths = [path for folder in folders for path in sorted((folder / ALGO).glob(f"{env_name}_[0-9]*/evaluations.npz"))]
-    return [path.parent for path in paths]
+def collect(folder: Path, env_id: str) -> list[Path]:
+    """:param folder: Log folder of an algorithm. :param env_id: The task. :return: Folders of its runs that were evaluated."""
+    return [path.parent for path in sorted(folder.glob(f"{EnvironmentName(env_id)}_[0-9]*/evaluations.npz"))]
 
 
 def plot_costs() -> None:
     """Draw the figure that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-a", "--algos", help="Algorithms to include", nargs="+", choices=list(rl_zoo3.ALGOS), default=[ALGO])
     parser.add_argument("-e", "--env", help="Environment ID", required=True)
     parser.add_argument("-f", "--exp-folders", help="Folders to include", nargs="+", type=Path, default=[Path("logs")])
-    parser.add_argument("-l", "--labels", help="Label for each folder", nargs="+", default=None)
+    parser.add_argument("-l", "--labels", help="Label for each algorithm in each folder", nargs="+", default=None)
     parser.add_argument("-o", "--output", help="The picture; its ending chooses the format", type=Path, default=None)
     parser.add_argument("--cost-limit", help="The limit that is drawn, by default that of the trained models", type=float)
     parser.add_argument("--constraint", help="Which cost, where there are several", type=int, default=0)
     args = parser.parse_args()
-    labels = args.labels or [f"ALGD, {folder}" if len(args.exp_folders) > 1 else "ALGD" for folder in args.exp_folders]
-    if len(labels) != len(args.exp_folders):
-        parser.error(f"{len(labels)} labels for {len(args.exp_folders)} folders: give one label per folder.")
-    runs = {label: collect([folder], args.env) for label, folder in zip(labels, args.exp_folders, strict=True)}
+    names = {folder / algo: rl_zoo3.ALGOS[algo].__name__ for folder in args.exp_folders for algo in args.algos}
+    labels = args.labels or [f"{name}, {path.parent}" if len(args.exp_folders) > 1 else name for path, name in names.items()]
+    if len(labels) != len(names):
+        parser.error(f"{len(labels)} labels for {len(names)} curves: give one label per folder, and per algorithm in it.")
+    runs = {label: collect(path, args.env) for label, path in zip(labels, names, strict=True)}
     found = [run for label in runs for run in runs[label]]
     if not found:
-        folders = ", ".join(str(folder / ALGO) for folder in args.exp_folders)
         raise SystemExit(
-            f"No evaluated run on {args.env} in {folders}: train with --eval-freq, and name the log folder with -f."
+            f"No evaluated run on {args.env} in {', '.join(map(str, names))}: train with --eval-freq, and name the "
+            "log folder with -f and the algorithm with -a."
         )
     limit = args.cost_limit if args.cost_limit is not None else read_cost_limit(found[0], args.constraint)
     curves = {label: [read_evaluations(run / "evaluations.npz", args.constraint) for run in runs[label]] for label in runs}

@@ -1,7 +1,7 @@
 """
 The Zoo's ``push_to_hub``: evaluate a trained agent and upload it to the Hugging Face Hub.
 
-    python -m sb3_algd.zoo.push_to_hub --env Safexp-PointButton1-v0 -f logs -orga my_organization
+    python -m sb3_algd.zoo push_to_hub --env Safexp-PointButton1-v0 -f logs -orga my_organization
 """
 
 import importlib
@@ -15,11 +15,10 @@ import huggingface_hub.repocard
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd.algd import ALGD
-from sb3_algd.evaluation import evaluate_policy
-from sb3_algd.recorder import cost_discount
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.evaluation import evaluate_policy
 from sb3_algd.zoo import ALGO
-from sb3_algd.zoo.commandline import agents_to_show, default_option
+from sb3_algd.zoo.commandline import agents_to_show, default_option, default_to_stochastic
 
 # Not by an import statement, which finds the function of that name
 hub = importlib.import_module("huggingface_sb3.push_to_hub")
@@ -53,8 +52,8 @@ def push_to_hub() -> None:
         model: Any, eval_env: VecEnv, n_eval_episodes: int, is_deterministic: bool, local_path: Path
     ) -> tuple[float, float]:
         rewards: tuple[float, float] = evaluate_agent(model, eval_env, n_eval_episodes, is_deterministic, local_path)
-        if isinstance(model, ALGD):
-            _, _, *costs = evaluate_policy(model, eval_env, n_eval_episodes, is_deterministic, cost_gamma=cost_discount(model))
+        if isinstance(model, ConstrainedOffPolicyAlgorithm):
+            _, _, *costs = evaluate_policy(model, eval_env, n_eval_episodes, is_deterministic)
             mean_cost, std_cost = (np.atleast_1d(cost).tolist() for cost in costs)
             evaluated.update(
                 n_eval_episodes=n_eval_episodes,
@@ -67,8 +66,8 @@ def push_to_hub() -> None:
         return rewards
 
     def save_card(path: Path, metadata: dict[str, Any]) -> None:
-        # The Zoo's own commands do not know ALGD
-        card = Path(path).read_text(encoding="utf-8").replace("-m rl_zoo3.", "-m sb3_algd.zoo.")
+        # The Zoo's own commands do not know our algorithms
+        card = Path(path).read_text(encoding="utf-8").replace("-m rl_zoo3.", "-m sb3_algd.zoo ")
         card = card.replace("pip install rl_zoo3", 'pip install "sb3_algd[zoo]"')
         if evaluated:
             card = card.replace("\n## Usage", f"\n{_describe(evaluated)}\n## Usage", 1)
@@ -76,6 +75,7 @@ def push_to_hub() -> None:
         metadata_save(path, metadata)
 
     default_option("--algo", ALGO)
+    default_to_stochastic()
     with (
         agents_to_show(),
         patch.object(hub, "generate_metadata", _generate_metadata, create=True),

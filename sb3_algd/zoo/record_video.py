@@ -1,7 +1,7 @@
 """
 The Zoo's ``record_video``: a video of a trained agent.
 
-    python -m sb3_algd.zoo.record_video --env Safexp-PointButton1-v0 -n 400
+    python -m sb3_algd.zoo record_video --env Safexp-PointButton1-v0 -n 400
 """
 
 import runpy
@@ -10,16 +10,18 @@ from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import (
     agents_to_show,
     default_option,
+    default_to_stochastic,
     default_to_trained_agents,
-    folder_given,
+    given_options,
     show_missing_agent,
 )
 
 
 def record_video() -> None:
-    """Run the Zoo's command with our default algorithm and agents."""
+    """Run the Zoo's command with our default algorithm, agents and actions."""
     default_option("--algo", ALGO)
-    if not folder_given():
+    default_to_stochastic()
+    if given_options().folder is None:
         # The Zoo's own default is the folder of the agent, here inside the installed package
         default_option("-o", "videos")
         default_to_trained_agents()

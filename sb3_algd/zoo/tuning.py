@@ -12,8 +12,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd.callbacks import CostEvalCallback, relative_excess
-from sb3_algd.zoo.hyperparams import convert_algd_params
+from sb3_algd.common.callbacks import CostEvalCallback, relative_excess
+from sb3_algd.zoo.hyperparams import convert_params, merge_arguments
 
 #: Below every return that an environment could give
 WORSE_THAN_ANY_RETURN = -1e12
@@ -89,36 +89,45 @@ def best_feasible_trial(study: optuna.Study) -> FrozenTrial | None:
     return max(feasible, key=lambda trial: trial.value or 0.0, default=None)
 
 
-def as_options(params: dict[str, Any]) -> str:
-    """:param params: Sampled parameters. :return: They as options of the Zoo's ``train``, to four digits."""
-    arguments = convert_algd_params(params)
+def as_options(params: dict[str, Any], given: dict[str, Any]) -> str:
+    """
+    :param params: Sampled parameters
+    :param given: Arguments that the search was given
+    :return: Both as options of the Zoo's ``train``, the sampled ones to four digits.
+    """
+    rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in params.items()}
+    arguments = merge_arguments(given, convert_params(rounded))
     words = [f"{name}:{_literal(value)}" for name, value in sorted(arguments.items())]
     # There is nothing in them that a shell would see inside double quotes
     return "-params " + " ".join(word if shlex.quote(word) == word else f'"{word}"' for word in words)
 
 
 def _literal(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+    if isinstance(value, dict):
+        return f"dict({', '.join(f'{name}={_literal(item)}' for name, item in value.items())})"
+    # An activation function, which the Zoo reads as nn.ReLU
+    return f"nn.{value.__name__}" if isinstance(value, type) else repr(value)
 
 
-def write_report(study: optuna.Study, path: Path, title: str) -> FrozenTrial | None:
+def write_report(study: optuna.Study, path: Path, title: str, given: dict[str, Any] | None = None) -> FrozenTrial | None:
     """
     Write what each trial was and reached, as ``<path>.csv`` and for reading as ``<path>.md``.
 
     :param study: The study, also one without any feasible trial
     :param path: Where to, without the ending
     :param title: First line of the report
+    :param given: Arguments that the search was given, which the best trial's options repeat
     :return: The best feasible trial, if there is one
     """
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     best = best_feasible_trial(study)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_csv(trials, path.with_name(f"{path.name}.csv"))
-    _replace(path.with_name(f"{path.name}.md"), lambda file: file.write(_describe(trials, best, title)))
+    _replace(path.with_name(f"{path.name}.md"), lambda file: file.write(_describe(trials, best, title, given or {})))
     return best
 
 
-def _describe(trials: list[FrozenTrial], best: FrozenTrial | None, title: str) -> str:
+def _describe(trials: list[FrozenTrial], best: FrozenTrial | None, title: str, given: dict[str, Any]) -> str:
     limits = next((trial.user_attrs["cost_limit"] for trial in trials if "cost_limit" in trial.user_attrs), None)
     counts = ", ".join(
         f"{sum(trial.state == state for trial in trials)} {state.name.lower()}"
@@ -133,7 +142,7 @@ def _describe(trials: list[FrozenTrial], best: FrozenTrial | None, title: str) -
         if better:
             numbers = ", ".join(str(trial.number) for trial in better)
             lines += [f"Its return was exceeded outside the limit only, by {len(better)} trial(s): {numbers}."]
-        lines += ["", "Options of `train` with its parameters:", "", "```bash", as_options(best.params), "```"]
+        lines += ["", "Options of `train` with its parameters:", "", "```bash", as_options(best.params, given), "```"]
     else:
         lines += ["", "**No complete trial kept the limit.**"]
         if unsafe:

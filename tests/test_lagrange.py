@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_algd.lagrangian import LagrangeMultiplier, augmented_lagrangian, estimate_risk
+from sb3_algd.common.lagrange import LagrangeMultiplier, augmented_lagrangian, estimate_risk
 
 RISK = th.linspace(-3.0, 5.0, 33, dtype=th.float64)
 BUDGET = th.tensor([1.2], dtype=th.float64)
@@ -14,9 +14,8 @@ BUDGET = th.tensor([1.2], dtype=th.float64)
 
 def penalty(risk: th.Tensor, multiplier: float, rho: float) -> th.Tensor:
     """Energy of actions of value 0, for one constraint."""
-    return augmented_lagrangian(
-        th.zeros(risk.shape, dtype=th.float64), risk.unsqueeze(-1), th.tensor([multiplier], dtype=th.float64), BUDGET, rho
-    )
+    lagrangian, coefficient = (th.tensor([number], dtype=th.float64) for number in (multiplier, rho))
+    return augmented_lagrangian(th.zeros_like(risk), risk.unsqueeze(-1), lagrangian, BUDGET, coefficient)
 
 
 @pytest.mark.parametrize("rho", [0.1, 1.0, 7.0])
@@ -43,7 +42,7 @@ def test_energy_tends_to_the_plain_lagrangian_as_rho_vanishes() -> None:
 
 def test_small_rho_is_exact_in_single_precision() -> None:
     risk = th.tensor([[5.0]])
-    energy = augmented_lagrangian(th.zeros(1), risk, th.tensor([0.7]), th.tensor([1.2]), rho=1e-6)
+    energy = augmented_lagrangian(th.zeros(1), risk, th.tensor([0.7]), th.tensor([1.2]), th.tensor([1e-6]))
     assert energy.item() == pytest.approx(0.7 * 3.8 + 0.5e-6 * 3.8**2, rel=1e-6)
 
 
@@ -62,16 +61,18 @@ def test_slope_and_curvature(rho: float) -> None:
 def test_feasible_without_multiplier_is_the_negative_value() -> None:
     values = th.randn(7, 5)
     risk = BUDGET.float() - th.rand(7, 5, 1)
-    energy = augmented_lagrangian(values, risk, th.zeros(1), BUDGET.float(), rho=1.0)
+    energy = augmented_lagrangian(values, risk, th.zeros(1), BUDGET.float(), th.ones(1))
     assert th.equal(energy, -values)
 
 
 def test_constraints_add_up() -> None:
     values, risk = th.randn(4, dtype=th.float64), th.randn(4, 3, dtype=th.float64)
     multiplier, budget = th.tensor([0.1, 0.0, 2.0], dtype=th.float64), th.tensor([0.3, -1.0, 0.5], dtype=th.float64)
-    together = augmented_lagrangian(values, risk, multiplier, budget, rho=0.8)
+    # The second constraint has no quadratic term
+    rho, zero = th.tensor([0.8, 0.0, 2.5], dtype=th.float64), th.zeros(4, dtype=th.float64)
+    together = augmented_lagrangian(values, risk, multiplier, budget, rho)
     apart = sum(
-        augmented_lagrangian(th.zeros(4, dtype=th.float64), risk[:, i : i + 1], multiplier[i : i + 1], budget[i : i + 1], 0.8)
+        augmented_lagrangian(zero, risk[:, i : i + 1], *(each[i : i + 1] for each in (multiplier, budget, rho)))
         for i in range(3)
     )
     th.testing.assert_close(together, apart - values)
@@ -102,7 +103,7 @@ def test_multiplier_follows_the_violation(space: str) -> None:
 
 
 def test_multiplier_starts_at_the_papers_value_and_steps_in_log_space() -> None:
-    multiplier = LagrangeMultiplier(learning_rate=3e-4)
+    multiplier = LagrangeMultiplier(learning_rate=3e-4, space="log")
     assert multiplier.value.item() == pytest.approx(0.6931)
     assert multiplier.parameter.item() == pytest.approx(-0.3666, abs=1e-4)
     multiplier.update(th.tensor([2.0]))
@@ -126,10 +127,10 @@ def test_multiplier_stays_in_its_bounds() -> None:
     "kwargs, message",
     [
         (dict(space="linear"), "'log' or 'projected'"),
-        (dict(init_value=-1.0), "between 0"),
+        (dict(init_value=-1.0), "init_value must be finite and >= 0"),
         (dict(init_value=5.0, max_value=2.0), "between 0"),
         (dict(max_value=float("inf")), "finite"),
-        (dict(init_value=0.0), "cannot start at 0"),
+        (dict(init_value=0.0, space="log"), "cannot start at 0"),
     ],
 )
 def test_multiplier_refuses_nonsense(kwargs: dict, message: str) -> None:
