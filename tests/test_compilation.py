@@ -1,0 +1,191 @@
+"""The compiled update: the same numbers as the eager one, and when it is used."""
+
+import io
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+import sb3_algd.common.compilation as compilation
+from sb3_algd import ALGD, SACLag
+from sb3_algd.common.compilation import CompiledMethod
+from tests.conftest import SMALL, Algorithm, CostlyEnv, make_env, make_model, make_model_of, same, weights
+
+
+class ManyKinds(gym.ObservationWrapper):
+    """Observations as a dictionary of a vector and an image."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        image = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+        self.observation_space = spaces.Dict({"vector": env.observation_space, "image": image})
+
+    def observation(self, observation: np.ndarray) -> dict[str, np.ndarray]:
+        return {"vector": observation, "image": np.full((36, 36, 1), int(100 + 100 * observation[0]), np.uint8)}
+
+
+def gradients(model: Any) -> list[th.Tensor]:
+    parameters = [*model.critic.parameters(), *model.cost_critic.parameters(), *model.actor.parameters()]
+    found = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+def run(model: Any, critic: Any, actor: Any, batch: Any) -> tuple[list[th.Tensor], list[th.Tensor]]:
+    """Numbers and gradients of one update, with the same noise each time."""
+    th.manual_seed(7)
+    critic_loss, cost_critic_loss, risk = critic(batch)
+    (critic_loss + cost_critic_loss).backward()
+    loss, metrics, policy_risk = actor(batch.observations)
+    loss.backward()
+    return [critic_loss, cost_critic_loss, risk, loss, *metrics.values(), policy_risk], gradients(model)
+
+
+CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
+    "ve": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], layer_norm=True))),
+    "ddpm, three constraints": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], diffusion="ddpm"), cost_limit=[5.0] * 3)),
+    "n-step": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], denoising_steps=2), n_steps=3)),
+    "dict and images": (ALGD, dict(policy="MultiInputPolicy", policy_kwargs=dict(net_arch=[16], denoising_steps=2))),
+    "sac_lag": (SACLag, dict(policy_kwargs=SMALL)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_update_computes_what_the_eager_one_does(case: str) -> None:
+    algorithm, kwargs = CASES[case]
+    env: gym.Env = CostlyEnv(len(np.atleast_1d(kwargs.get("cost_limit", 5.0))))
+    env = gym.wrappers.TimeLimit(ManyKinds(env) if case == "dict and images" else env, 20)
+    model = make_model_of(algorithm, env, compile=False, **kwargs).learn(60)
+    model.policy.set_training_mode(True)
+    assert model.replay_buffer is not None
+    told: list[str] = []
+    critic, actor = (
+        CompiledMethod(method, model.device, True, lambda message, level: told.append(message))
+        for method in (model._critic_losses, model._actor_loss)
+    )
+    batch: Any = model.replay_buffer.sample(32)
+    # Active nowhere, somewhere, everywhere
+    for budget in (1e6, float(model._critic_losses(batch)[2].mean()), -1e6):
+        model._budget = th.full_like(model._budget, budget)
+        expected, expected_gradients = run(model, model._critic_losses, model._actor_loss, batch)
+        found, found_gradients = run(model, critic, actor, batch)
+        th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        scale = max(float(gradient.abs().max()) for gradient in expected_gradients)
+        th.testing.assert_close(found_gradients, expected_gradients, rtol=1e-3, atol=1e-5 * max(scale, 1.0))
+    assert told == []
+
+
+def test_training_with_compiled_updates_resembles_the_eager_one_and_leaves_nothing_in_the_file() -> None:
+    eager, compiled = (make_model(compile=compile, reduced_precision=False).learn(40) for compile in (False, True))
+    assert isinstance(compiled._actor_function, CompiledMethod)
+    for name, value in weights(eager).items():
+        th.testing.assert_close(weights(compiled)[name], value, rtol=1e-2, atol=1e-3, msg=name)
+    file = io.BytesIO()
+    compiled.save(file)
+    file.seek(0)
+    loaded = ALGD.load(file, env=make_env(), device="cpu")
+    assert same(weights(loaded), weights(compiled))
+    loaded.learn(10, reset_num_timesteps=False)
+    assert isinstance(loaded._actor_function, CompiledMethod)
+
+
+def test_a_third_shape_is_computed_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for: list[th.Size] = []
+
+    def pretend(function: Any, **options: Any) -> Any:
+        def compiled(observations: th.Tensor) -> Any:
+            compiled_for.append(observations.shape)
+            return function(observations)
+
+        return compiled
+
+    monkeypatch.setattr(th, "compile", pretend)
+    model, told = make_model(compile=False), []
+    method = CompiledMethod(model._actor_loss, model.device, True, lambda message, level: told.append((message, level)))
+    for rows in (4, 4, 8, 12, 4):
+        method(th.zeros(rows, 3))
+    assert [shape[0] for shape in compiled_for] == [4, 4, 8, 4]
+    assert told == [("Compiling actor_loss again, for a batch of another shape", 2)]
+
+
+class Uncompilable(ALGD):
+    """Its loss looks at a value, which cannot be compiled as a whole."""
+
+    def _actor_loss(self, observations: Any) -> Any:
+        loss, metrics, risk = super()._actor_loss(observations)
+        return (loss if float(loss) == float(loss) else loss * 2.0), metrics, risk
+
+
+def test_what_cannot_be_compiled_runs_eagerly_or_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", 1)
+    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: True)
+    model = make_model_of(Uncompilable, verbose=1).learn(30)
+    assert model._n_updates == 10
+    assert "Updates are not compiled: actor_loss cannot be compiled" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"cannot be compiled .*use compile=False, or 'auto'"):
+        make_model_of(Uncompilable, compile=True).learn(30)
+
+
+@pytest.mark.parametrize(
+    ("fast", "compiler", "updates", "said"),
+    [
+        (True, True, 1, None),
+        (True, True, 1000, "10 of them take less time than compiling"),
+        (False, True, 1, "in single precision they would hardly be faster"),
+        (True, False, 1, "there is no C++ compiler"),
+    ],
+)
+def test_updates_are_compiled_where_that_pays(
+    fast: bool, compiler: bool, updates: int, said: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", updates)
+    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: "/bin/c++" if compiler else None)
+    monkeypatch.setattr(th, "compile", lambda function, **options: function)
+    model = make_model(verbose=1).learn(30)
+    assert isinstance(model._actor_function, CompiledMethod) == (said is None)
+    # Eager bfloat16 brings nothing
+    assert model._uses_bfloat16 == (said is None)
+    out = capsys.readouterr().out
+    assert said in out if said else "not compiled" not in out
+
+
+def test_a_resumed_training_keeps_what_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(th, "compile", lambda function, **options: function)
+    monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", 25)
+    model = make_model().learn(50)
+    assert isinstance(model._actor_function, CompiledMethod)
+    model.learn(5, reset_num_timesteps=False)
+    assert isinstance(model._actor_function, CompiledMethod)
+    model.learn(30)
+    assert not isinstance(model._actor_function, CompiledMethod)
+
+
+def test_compile_has_to_be_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"compile=True, but there is no C\+\+ compiler"):
+        make_model(compile=True).learn(30)
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto', got 'always'"):
+        make_model(compile="always")
+    with pytest.raises(ValueError, match="reduced_precision must be"):
+        make_model(reduced_precision=2)
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_the_policy_waits_for_the_critics(delay: int, algorithm: Algorithm) -> None:
+    model = make_model_of(algorithm, policy_delay=delay, compile=False).learn(20)
+    actor = [parameter.detach().clone() for parameter in model.actor.parameters()]
+    changes = []
+    for _ in range(6):
+        model.train(1, 16)
+        now = [parameter.detach().clone() for parameter in model.actor.parameters()]
+        changes.append(any(not th.equal(a, b) for a, b in zip(actor, now, strict=True)))
+        actor = now
+    assert changes == [(i + 1) % delay == 0 for i in range(6)]
