@@ -54,8 +54,8 @@ def trained(algorithm: Any, **kwargs: Any) -> dict[str, th.Tensor]:
     model = make_model(algorithm, **kwargs)
     model.learn(30)
     state = {**model.policy.state_dict(), **model.lagrange_multiplier.state_dict()}
-    if hasattr(model, "log_ent_coef"):
-        state["log_ent_coef"] = model.log_ent_coef.detach()
+    if isinstance(model, SACLag):
+        state["ent_coef"] = model._current_ent_coef().detach()
     return state
 
 
