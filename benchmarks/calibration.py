@@ -5,8 +5,8 @@ Ask the cost critics of trained models what the policy is going to pay, and let 
 
 For each run that has left its model (``python -m benchmarks.run --save``) a line in ``calibration.csv``, beside the learning
 curves: means over the steps of 20 stochastic episodes of what the cost critics expect of the action that was taken, of the
-risk that the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the end
-of the episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played
+risk that the energy has instead (the standard deviation of the critics added), and of the discounted cost from there to the
+end of the episode, with the standard error of the last over the episodes; and the budget. A run that has a line is not played
 again.
 
 The last ``2 / (1 - cost_gamma)`` steps or so before the time limit are left out, because their costs go on after it: what was

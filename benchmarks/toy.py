@@ -66,16 +66,17 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "algd-ddpm": {
         **COMMON,
-        # The chain has hardly any noise of its own. The policy loss through the chain then moves the border between the two
-        # modes until one of them is gone, since samples near the border are worse than the others; the score has no such
-        # preference. With this weight the policy loss counts for nothing beside it
-        "score_coef": 1e6,
+        # The chain has hardly any noise of its own. The guidance loss then moves the border between the two modes until one of
+        # them is gone, since samples near the border are worse than the others; the score has no such preference. A weight of
+        # 0, not a small one: Adam makes whole steps of the noise head, which only the guidance loss has gradients for
+        "guidance_coef": 0.0,
+        "score_coef": 1.0,
         # A margin below the limit, from the cost critics' disagreement
         "cost_risk_coef": 3.0,
         # Falling to 0. At a constant rate this type's cost moves around the limit from one evaluation to the next. The other
         # type learns steep scores, which takes the full rate until the end
         "actor_learning_rate": "lin_3e-3",
-        # Then only the push along the score moves samples: it has to take them all the way, 10 * 0.2
+        # Without guidance only the push along the score moves samples: it has to take them all the way, 10 * 0.2
         "policy_kwargs": {
             "diffusion": "ddpm",
             "net_arch": [64, 64],

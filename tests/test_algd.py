@@ -85,7 +85,7 @@ def plain_policy_gradients(
     network = model.actor.network
     predicted = network.mlp(th.cat([obs, action, network.step_embedding(step)], dim=1))[:, :2]
     score_loss = (predicted - target).square().mean()
-    loss = mean_energy + model.score_coef * score_loss
+    loss = model.guidance_coef * mean_energy + model.score_coef * score_loss
     return mean_energy.item(), score_loss.item(), list(th.autograd.grad(loss, list(model.actor.parameters())))
 
 
@@ -98,6 +98,7 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
         cost_limit=[2.0] * n_costs,
         policy_kwargs=dict(SMALL, diffusion=diffusion),
         score_kwargs=dict(temperature=0.7, n_samples=5),
+        guidance_coef=0.8,
         score_coef=0.3,
         # One for all, or one per constraint
         rho=0.5 if n_costs == 1 else [0.5, 1.0, 0.2],
@@ -175,11 +176,23 @@ def test_critic_update_equals_a_plain_implementation(n_costs: int, diffusion: st
     th.testing.assert_close(risk, (costs.mean(dim=0) + costs.std(dim=0)).mean(dim=0).detach())
 
 
+def test_score_matching_alone_leaves_the_noise_head() -> None:
+    # However small, a guidance loss would make Adam take whole steps of it
+    for guidance_coef in (0.0, 1e-6):
+        model = make_model(policy_kwargs=dict(SMALL, diffusion="ddpm"), guidance_coef=guidance_coef)
+        before = weights(model)
+        model.learn(45)
+        after = weights(model)
+        name = "actor.network.mlp.4.weight"
+        changed = (after[name] - before[name]).abs().amax(dim=1)
+        assert (changed[:2] > 1e-3).all()
+        assert (changed[2:] > 1e-3).all() if guidance_coef else (changed[2:] == 0.0).all()
+
+
 def test_score_gradient_through_the_chain_is_an_option() -> None:
     gradients = []
     for through_chain in (False, True):
-        # The score loss outweighs the rest by far
-        model = make_model(score_coef=1e3, score_kwargs=dict(grad_through_chain=through_chain))
+        model = make_model(guidance_coef=0.0, score_kwargs=dict(grad_through_chain=through_chain))
         th.manual_seed(0)
         loss, _, _ = model._actor_loss(th.ones(16, 3))
         loss.backward()
@@ -220,6 +233,7 @@ def test_warmup_is_uniform_or_the_policys() -> None:
     "kwargs, message",
     [
         (dict(policy_kwargs=dict(diffusion="flow")), "Unknown diffusion type 'flow'"),
+        (dict(guidance_coef=-1.0), "guidance_coef must be finite and >= 0"),
         (dict(score_coef=-1.0), "score_coef must be finite and >= 0"),
         (dict(score_kwargs=dict(temperature=0.0)), "temperature must be finite and > 0"),
         (dict(score_kwargs=dict(n_samples=0)), "n_samples must be a whole number"),

@@ -52,7 +52,7 @@ def test_arguments_have_their_names_of_today() -> None:
     assert (ve.lagrange_multiplier.max_value, ddpm.lagrange_multiplier.space) == (7.0, "log")
     assert (ve._score_matching.n_samples, ddpm._score_matching.pairing) == (3, "before")
     assert (ve.score_coef, ddpm.score_coef) == (0.1, 0.1)
-    old_names = {"multiplier_init", "score_temperature", "policy_learning_rate", "guidance_coef", "score_space", "cuda_graph"}
+    old_names = {"multiplier_init", "score_temperature", "policy_learning_rate", "score_space", "cuda_graph"}
     assert not old_names & (vars(ve).keys() | vars(ddpm).keys())
 
 
@@ -116,13 +116,13 @@ def saved_attributes(**changed: Any) -> dict[str, Any]:
     return {"actor_learning_rate": None, "multiplier_kwargs": None, "score_kwargs": None, **old, **changed}
 
 
-def test_of_the_two_weights_the_ratio_counts() -> None:
-    attributes = saved_attributes(guidance_coef=2.0)
+def test_the_weights_of_the_two_losses_are_kept() -> None:
+    attributes = saved_attributes(guidance_coef=0.0)
     adopt_saved(attributes)
-    assert attributes["score_coef"] == 0.05
+    assert (attributes["guidance_coef"], attributes["score_coef"]) == (0.0, 0.1)
 
 
-@pytest.mark.parametrize("name, value", [("score_space", "latent"), ("clip_score_samples", True), ("guidance_coef", 0.0)])
+@pytest.mark.parametrize("name, value", [("score_space", "latent"), ("clip_score_samples", True)])
 def test_an_option_that_is_gone_is_not_dropped_silently(name: str, value: Any) -> None:
     attributes = saved_attributes(**{name: value})
     with pytest.warns(UserWarning, match=f"trained with {name}={value!r}"):

@@ -58,11 +58,21 @@ def make_model(env: Any = None, **kwargs: Any) -> SACLag:
     return SACLag("MlpPolicy", make_env() if env is None else env, **{**defaults, **kwargs})
 
 
+def log_ent_coef(model: SACLag) -> th.Tensor:
+    assert model.log_ent_coef is not None
+    return model.log_ent_coef
+
+
+def ent_coef_optimizer(model: SACLag) -> th.optim.Adam:
+    assert model.ent_coef_optimizer is not None
+    return model.ent_coef_optimizer
+
+
 def weights(model: SACLag) -> dict[str, th.Tensor]:
     state = {
         **model.policy.state_dict(),
         **model.lagrange_multiplier.state_dict(),
-        "log_ent_coef": model.log_ent_coef.detach(),
+        "ent_coef": model._current_ent_coef().detach(),
     }
     return {key: value.clone() for key, value in state.items()}
 
@@ -105,7 +115,7 @@ def plain_energy(model: SACLag, obs: th.Tensor, actions: th.Tensor, rho: list[fl
 def plain_update(model: SACLag, batch: CostReplayBufferSamples, rho: list[float]) -> None:
     """One update of everything, written down as in the papers, with PyTorch's plain Adam."""
     policy: ConstrainedPolicy = model.policy
-    alpha = model.log_ent_coef.detach().exp()
+    alpha = log_ent_coef(model).detach().exp()
     with th.no_grad():
         next_actions, next_log_prob = model.actor.action_log_prob(batch.next_observations)
         next_obs: Any = batch.next_observations
@@ -126,7 +136,7 @@ def plain_update(model: SACLag, batch: CostReplayBufferSamples, rho: list[float]
     with th.no_grad():
         # Adam's first step is as long as the learning rate, against the sign of the gradient
         gradient = -(log_prob + model._target_entropy).mean()
-        model.log_ent_coef -= 1e-3 * gradient.sign()
+        log_ent_coef(model).sub_(1e-3 * gradient.sign())
         multiplier = model.lagrange_multiplier.parameter
         multiplier.add_(4e-3 * (risk.mean(dim=0) - th.as_tensor(model.cost_budget)).sign())
 
@@ -200,8 +210,8 @@ def test_without_a_multiplier_it_is_sac(monkeypatch: pytest.MonkeyPatch) -> None
     assert_close(dict(model.actor.state_dict()), dict(sac.actor.state_dict()))
     assert_close(as_nets(model.critic), dict(sac.critic.state_dict()))
     assert_close(as_nets(model.critic_target), dict(sac.critic_target.state_dict()))
-    th.testing.assert_close(model.log_ent_coef, sac.log_ent_coef, rtol=1e-4, atol=1e-6)
-    assert model.log_ent_coef.item() != pytest.approx(np.log(0.1))
+    th.testing.assert_close(log_ent_coef(model), sac.log_ent_coef, rtol=1e-4, atol=1e-6)
+    assert log_ent_coef(model).item() != pytest.approx(np.log(0.1))
 
 
 # --- the entropy coefficient -----------------------------------------------------------------------------------------
@@ -213,26 +223,26 @@ def test_the_entropy_coefficient_starts_and_is_learned_as_in_sac(ent_coef: Any) 
     sac = SAC("MlpPolicy", make_env(), ent_coef=ent_coef, device="cpu")
     learned = str(ent_coef).startswith("auto")
     start = sac.log_ent_coef.exp().item() if learned else sac.ent_coef_tensor.item()  # type: ignore[union-attr]
-    assert model.log_ent_coef.exp().item() == pytest.approx(start)
+    assert model._current_ent_coef().item() == pytest.approx(start)
     assert model._target_entropy == sac.target_entropy == -2.0
     model.learn(20)
-    assert (model.log_ent_coef.exp().item() != pytest.approx(start)) == learned
+    assert (model._current_ent_coef().item() != pytest.approx(start)) == learned
     assert model.logger.name_to_value["train/ent_coef"] == pytest.approx(start, rel=0.05)
-    assert hasattr(model, "ent_coef_optimizer") == learned
+    assert (model.log_ent_coef is not None) == (model.ent_coef_optimizer is not None) == learned
 
 
 @pytest.mark.parametrize("target_entropy, rises", [(10.0, True), (-50.0, False)])
 def test_the_entropy_coefficient_moves_towards_the_target(target_entropy: float, rises: bool) -> None:
     model = make_model(target_entropy=target_entropy)
     model.learn(30)
-    assert (model.log_ent_coef.item() > 0.0) == rises
+    assert (log_ent_coef(model).item() > 0.0) == rises
 
 
 def test_the_entropy_coefficient_has_the_learning_rate_of_all() -> None:
     model = make_model(learning_rate=lambda progress: 1e-3 * (2 - progress), actor_learning_rate=1e-5)
     model.learn(20)
     assert model.critic.optimizer.param_groups[0]["lr"] == 2e-3
-    assert model.ent_coef_optimizer.param_groups[0]["lr"] == 2e-3
+    assert ent_coef_optimizer(model).param_groups[0]["lr"] == 2e-3
     assert model.actor.optimizer.param_groups[0]["lr"] == 1e-5
 
 
@@ -253,12 +263,12 @@ def test_a_divergence_sets_the_entropy_coefficient_back() -> None:
     env = make_env()
     model = make_model(env, learning_rate=0.1)
     model.learn(20)
-    assert model.log_ent_coef.item() != 0.0
+    assert log_ent_coef(model).item() != 0.0
     env.unwrapped.reward = 1e30  # type: ignore[attr-defined]
     with pytest.raises(FloatingPointError, match="set back to what it was after update 0"):
         model.learn(20, reset_num_timesteps=False)
-    assert model.log_ent_coef.item() == 0.0
-    assert model.log_ent_coef.requires_grad
+    assert log_ent_coef(model).item() == 0.0
+    assert log_ent_coef(model).requires_grad
     assert all(value.isfinite().all() for value in weights(model).values())
 
 
@@ -280,13 +290,13 @@ def test_a_loaded_model_goes_on_as_the_saved_one(tmp_path: Path, ent_coef: Any) 
         each._update(batch, None)
     assert all(th.equal(value, weights(loaded)[name]) for name, value in weights(model).items())
     if ent_coef == "auto":
-        moments = [each.ent_coef_optimizer.state[each.log_ent_coef]["exp_avg"] for each in (model, loaded)]
+        moments = [ent_coef_optimizer(each).state[log_ent_coef(each)]["exp_avg"] for each in (model, loaded)]
         assert th.equal(*moments) and moments[0].item() != 0.0
 
 
 def test_a_fixed_entropy_coefficient_can_be_given_anew(tmp_path: Path) -> None:
     make_model(ent_coef=0.3).save(tmp_path / "model")
-    assert SACLag.load(tmp_path / "model", ent_coef=0.1).log_ent_coef.exp().item() == pytest.approx(0.1)
+    assert SACLag.load(tmp_path / "model", ent_coef=0.1).ent_coef_tensor.item() == pytest.approx(0.1)
 
 
 # --- policies --------------------------------------------------------------------------------------------------------

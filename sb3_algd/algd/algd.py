@@ -91,7 +91,9 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         allow: 0 if there were no negative ones (the paper's code has no such bound)
     :param actor_learning_rate: Learning rate of the actor, ``learning_rate`` if ``None``
     :param cost_critic_learning_rate: Learning rate of the cost critics, ``learning_rate`` if ``None``
-    :param score_coef: Weight of the score matching loss beside the policy loss through the denoising chain
+    :param guidance_coef: Weight of the policy loss through the denoising chain. 0 for score matching alone, which also leaves
+        the DDPM type's noise head as it is
+    :param score_coef: Weight of the score matching loss
     :param score_kwargs: Arguments of :class:`~sb3_algd.algd.score.ScoreMatching`: ``temperature`` (1), ``n_samples`` (4),
         ``pairing`` (``"after"``), ``grad_through_chain`` (False)
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts`` (the paper's code)
@@ -113,7 +115,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     }
     policy: DiffusionPolicy
     actor: DiffusionActor
-    _non_negative = (*ConstrainedOffPolicyAlgorithm._non_negative, "score_coef")
+    _non_negative = (*ConstrainedOffPolicyAlgorithm._non_negative, "guidance_coef", "score_coef")
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         bound_cost_targets: bool = True,
         actor_learning_rate: float | Schedule | None = None,
         cost_critic_learning_rate: float | Schedule | None = None,
+        guidance_coef: float = 1.0,
         score_coef: float = 0.1,
         score_kwargs: dict[str, Any] | None = None,
         use_policy_at_warmup: bool = False,
@@ -202,6 +205,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
             reduced_precision=reduced_precision,
             compile=compile,
         )
+        self.guidance_coef = guidance_coef
         self.score_coef = score_coef
         self.score_kwargs = score_kwargs
         if _init_setup_model:
@@ -232,7 +236,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         score_loss = F.mse_loss(denoiser.score(action_k, step), target)
 
         metrics = {"energy": energy[0].mean(), "score_loss": score_loss.detach()}
-        return guidance_loss + self.score_coef * score_loss, metrics, risk[0].mean(dim=0)
+        return self.guidance_coef * guidance_loss + self.score_coef * score_loss, metrics, risk[0].mean(dim=0)
 
     def learn(
         self: SelfALGD,

@@ -19,7 +19,7 @@ _IN_KWARGS = {
 }
 _GONE = ("cuda_graph", "_cost_reported", "_missing_episode_reported", "policy_lr_schedule")
 # Options that no measurement supported, and the values that training has today
-_REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False, "guidance_coef": 1.0}
+_REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False}
 
 
 def refuse_old_arguments(arguments: Iterable[str]) -> None:
@@ -57,10 +57,6 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
     actor_learning_rate = attributes.pop("policy_learning_rate")
     if attributes["actor_learning_rate"] is None:
         attributes["actor_learning_rate"] = actor_learning_rate
-    # Adam's steps depend on the ratio of the two only
-    if attributes["guidance_coef"] > 0:
-        attributes["score_coef"] /= attributes["guidance_coef"]
-        attributes["guidance_coef"] = 1.0
     for name, today in _REMOVED_OPTIONS.items():
         value = attributes.pop(name)
         if value != today:

@@ -201,13 +201,15 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        # The logarithm is learned, as in SB3's SAC; a fixed coefficient has no optimizer
         self._target_entropy = (
             -float(np.prod(self.action_space.shape)) if self.target_entropy == "auto" else float(self.target_entropy)
         )
-        initial = th.full((1,), self._initial_ent_coef(), device=self.device)
-        self.log_ent_coef = initial.log().requires_grad_(self._learns_ent_coef)
+        # As in SB3's SAC: the logarithm is learned, a fixed coefficient has neither logarithm nor optimizer
+        self.log_ent_coef: th.Tensor | None = None
+        self.ent_coef_optimizer: th.optim.Adam | None = None
+        self.ent_coef_tensor = th.full((1,), self._initial_ent_coef(), device=self.device)
         if self._learns_ent_coef:
+            self.log_ent_coef = self.ent_coef_tensor.log().requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
 
     def _check_arguments(self) -> None:
@@ -231,21 +233,25 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
             return 1.0
         return float(self.ent_coef.removeprefix("auto_") if isinstance(self.ent_coef, str) else self.ent_coef)
 
+    def _current_ent_coef(self) -> th.Tensor:
+        return self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.exp()
+
     def _actor_optimizers(self) -> list[th.optim.Optimizer]:
-        return [*super()._actor_optimizers(), *([self.ent_coef_optimizer] if self._learns_ent_coef else [])]
+        optimizers = super()._actor_optimizers()
+        return optimizers if self.ent_coef_optimizer is None else [*optimizers, self.ent_coef_optimizer]
 
     def _next_actions(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         actions, log_prob = self.actor.action_log_prob(next_observations)
         # The entropy is part of the reward
-        return actions, -self.log_ent_coef.exp() * log_prob.unsqueeze(1)
+        return actions, -self._current_ent_coef() * log_prob.unsqueeze(1)
 
     def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor]:
         actions, log_prob = self.actor.action_log_prob(observations)
-        ent_coef = self.log_ent_coef.detach().exp()
+        ent_coef = self._current_ent_coef().detach()
         energy, energy_grad, risk = self._energy(observations, actions.detach().unsqueeze(0))
         # Has the gradient of the mean energy, without another pass through the critics
         loss = (actions * energy_grad[0]).sum(dim=-1).mean() + (ent_coef * log_prob).mean()
-        if self._learns_ent_coef:
+        if self.log_ent_coef is not None:
             loss = loss - (self.log_ent_coef * (log_prob.detach() + self._target_entropy)).mean()
         return loss, {"energy": energy[0].mean(), "ent_coef": ent_coef.squeeze()}, risk[0].mean(dim=0)
 
@@ -272,7 +278,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "log_ent_coef", "ent_coef_optimizer"]
+        return [*super()._excluded_save_params(), "log_ent_coef", "ent_coef_tensor", "ent_coef_optimizer"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
