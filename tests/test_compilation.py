@@ -15,16 +15,27 @@ from sb3_algd.common.compilation import CompiledMethod
 from tests.conftest import SMALL, Algorithm, CostlyEnv, make_env, make_model, make_model_of, same, weights
 
 
-class ManyKinds(gym.ObservationWrapper):
-    """Observations as a dictionary of a vector and an image."""
+class Halves(gym.ObservationWrapper):
+    """Observations as a dictionary of two vectors."""
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        image = spaces.Box(0, 255, (36, 36, 1), np.uint8)
-        self.observation_space = spaces.Dict({"vector": env.observation_space, "image": image})
+        box = spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = spaces.Dict({"first": box, "rest": spaces.Box(-1.0, 1.0, (2,), np.float32)})
 
     def observation(self, observation: np.ndarray) -> dict[str, np.ndarray]:
-        return {"vector": observation, "image": np.full((36, 36, 1), int(100 + 100 * observation[0]), np.uint8)}
+        return {"first": observation[:1], "rest": observation[1:]}
+
+
+class Images(gym.ObservationWrapper):
+    """Observations as images, which SB3 preprocesses by looking at values."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return np.full((36, 36, 1), int(100 + 100 * observation[0]), np.uint8)
 
 
 def gradients(model: Any) -> list[th.Tensor]:
@@ -37,6 +48,7 @@ def gradients(model: Any) -> list[th.Tensor]:
 
 def run(model: Any, critic: Any, actor: Any, batch: Any) -> tuple[list[th.Tensor], list[th.Tensor]]:
     """Numbers and gradients of one update, with the same noise each time."""
+    gradients(model)
     th.manual_seed(7)
     critic_loss, cost_critic_loss, risk = critic(batch)
     (critic_loss + cost_critic_loss).backward()
@@ -46,10 +58,13 @@ def run(model: Any, critic: Any, actor: Any, batch: Any) -> tuple[list[th.Tensor
 
 
 CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
-    "ve": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], layer_norm=True))),
-    "ddpm, three constraints": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], diffusion="ddpm"), cost_limit=[5.0] * 3)),
-    "n-step": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], denoising_steps=2), n_steps=3)),
-    "dict and images": (ALGD, dict(policy="MultiInputPolicy", policy_kwargs=dict(net_arch=[16], denoising_steps=2))),
+    "ve": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], layer_norm=True, denoising_steps=3))),
+    "ddpm, three constraints": (
+        ALGD,
+        dict(policy_kwargs=dict(net_arch=[16, 16], diffusion="ddpm", denoising_steps=3), cost_limit=[5.0] * 3),
+    ),
+    "n-step": (ALGD, dict(policy_kwargs=dict(net_arch=[16], denoising_steps=2), n_steps=3)),
+    "dict": (ALGD, dict(policy="MultiInputPolicy", policy_kwargs=dict(net_arch=[16], denoising_steps=2))),
     "sac_lag": (SACLag, dict(policy_kwargs=SMALL)),
 }
 
@@ -58,7 +73,7 @@ CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
 def test_a_compiled_update_computes_what_the_eager_one_does(case: str) -> None:
     algorithm, kwargs = CASES[case]
     env: gym.Env = CostlyEnv(len(np.atleast_1d(kwargs.get("cost_limit", 5.0))))
-    env = gym.wrappers.TimeLimit(ManyKinds(env) if case == "dict and images" else env, 20)
+    env = gym.wrappers.TimeLimit(Halves(env) if case == "dict" else env, 20)
     model = make_model_of(algorithm, env, compile=False, **kwargs).learn(60)
     model.policy.set_training_mode(True)
     assert model.replay_buffer is not None
@@ -79,8 +94,11 @@ def test_a_compiled_update_computes_what_the_eager_one_does(case: str) -> None:
     assert told == []
 
 
-def test_training_with_compiled_updates_resembles_the_eager_one_and_leaves_nothing_in_the_file() -> None:
-    eager, compiled = (make_model(compile=compile, reduced_precision=False).learn(40) for compile in (False, True))
+def test_training_with_compiled_updates_resembles_the_eager_one_and_leaves_nothing_in_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kwargs = dict(reduced_precision=False, policy_kwargs=dict(net_arch=[8], denoising_steps=1))
+    eager, compiled = (make_model(compile=compile, **kwargs).learn(40) for compile in (False, True))
     assert isinstance(compiled._actor_function, CompiledMethod)
     for name, value in weights(eager).items():
         th.testing.assert_close(weights(compiled)[name], value, rtol=1e-2, atol=1e-3, msg=name)
@@ -89,6 +107,7 @@ def test_training_with_compiled_updates_resembles_the_eager_one_and_leaves_nothi
     file.seek(0)
     loaded = ALGD.load(file, env=make_env(), device="cpu")
     assert same(weights(loaded), weights(compiled))
+    monkeypatch.setattr(th, "compile", lambda function, **options: function)
     loaded.learn(10, reset_num_timesteps=False)
     assert isinstance(loaded._actor_function, CompiledMethod)
 
@@ -112,24 +131,17 @@ def test_a_third_shape_is_computed_eagerly(monkeypatch: pytest.MonkeyPatch) -> N
     assert told == [("Compiling actor_loss again, for a batch of another shape", 2)]
 
 
-class Uncompilable(ALGD):
-    """Its loss looks at a value, which cannot be compiled as a whole."""
-
-    def _actor_loss(self, observations: Any) -> Any:
-        loss, metrics, risk = super()._actor_loss(observations)
-        return (loss if float(loss) == float(loss) else loss * 2.0), metrics, risk
-
-
 def test_what_cannot_be_compiled_runs_eagerly_or_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", 1)
     monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: True)
-    model = make_model_of(Uncompilable, verbose=1).learn(30)
-    assert model._n_updates == 10
-    assert "Updates are not compiled: actor_loss cannot be compiled" in capsys.readouterr().out
+    kwargs: dict[str, Any] = dict(policy="CnnPolicy", policy_kwargs=dict(net_arch=[8], denoising_steps=1))
+    model = make_model(Images(make_env()), verbose=1, **kwargs).learn(23)
+    assert model._n_updates == 3
+    assert "Updates are not compiled: critic_losses cannot be compiled" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match=r"cannot be compiled .*use compile=False, or 'auto'"):
-        make_model_of(Uncompilable, compile=True).learn(30)
+        make_model(Images(make_env()), compile=True, **kwargs).learn(23)
 
 
 @pytest.mark.parametrize(
