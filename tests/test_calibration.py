@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-import calibration
 import gymnasium as gym
 import numpy as np
-import plot
 import pytest
 import torch as th
 import yaml
 
+from benchmarks import calibration, plot
 from sb3_algd import ALGD
-from sb3_algd.recorder import make_envs
-from tests.test_algd import CostlyEnv
+from sb3_algd.common.recorder import make_envs
+from tests.conftest import CostlyEnv
 
 COST_GAMMA = 0.9
 #: Longer than 2 / (1 - COST_GAMMA)

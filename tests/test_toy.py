@@ -6,8 +6,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import toy
 
+from benchmarks import toy
 from sb3_algd.envs.toy import EPISODE_LENGTH, TwoModesEnv
 
 

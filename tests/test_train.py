@@ -1,10 +1,16 @@
 """``python -m sb3_algd.train``, the program behind ``make train``."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_algd import ALGD, train
+from sb3_algd import ALGD, SACLag, train
+from sb3_algd.common.recorder import Row
 from sb3_algd.plotting import read_curve
 
 SHORT = ["--env", "TwoModes-v0", "--steps", "120", "--eval-every", "60"]
@@ -34,18 +40,90 @@ def test_a_second_run_keeps_the_first(tmp_path: Path) -> None:
 
 def test_the_time_limit_ends_training(tmp_path: Path) -> None:
     args = train.parse_arguments([*SHORT, "--minutes", "0"])
-    assert train.train(args, tmp_path).num_timesteps == 1
+    assert train.train_as_asked(args, tmp_path).num_timesteps == 1
     assert read_curve(tmp_path / "learning_curve.csv")["step"].tolist() == [1]
+
+
+def interrupt(*_: object) -> bool:
+    raise KeyboardInterrupt
 
 
 def test_an_interrupted_run_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> bool:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(train.StopTrainingOnTimeLimit, "_on_step", interrupt)
-    train.train(train.parse_arguments(SHORT), tmp_path)
+    train.train_as_asked(train.parse_arguments(SHORT), tmp_path)
     assert (tmp_path / "model.zip").exists()
     assert read_curve(tmp_path / "learning_curve.csv")["step"].tolist() == [1]
+
+
+def test_sac_lagrangian_is_trained_by_the_same_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([*SHORT, "--algo", "sac_lag", "--seed", "12345", "--out", str(tmp_path)])
+    folder = tmp_path / "TwoModes-v0_1"
+    assert SACLag.load(folder / "model").num_timesteps == 120
+    assert "Training SACLag on TwoModes-v0" in capsys.readouterr().out
+
+
+# --- the run that the program and the benchmarks are made of ---------------------------------------------------------
+
+
+def run(folder: Path, model_class: type[BaseAlgorithm] = ALGD, **kwargs: Any) -> BaseAlgorithm:
+    # SAC writes into its policy_kwargs
+    small: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[8]), batch_size=8, learning_starts=20)
+    options = {"eval_every": 40, "n_episodes": 1, "device": "cpu", **kwargs}
+    return train.train(model_class, "MlpPolicy", "TwoModes-v0", folder / "curve.csv", 120, small, **options)
+
+
+def test_any_algorithm_leaves_its_curve_its_log_and_its_model(tmp_path: Path) -> None:
+    rows: list[tuple[int, float]] = []
+
+    def on_row(model: BaseAlgorithm, row: Row) -> None:
+        # What is there when training has ended says that nothing is left to do
+        assert not (tmp_path / "curve.csv").exists() and not (tmp_path / "model.zip").exists()
+        rows.append((model.num_timesteps, row["step"]))
+
+    model = run(tmp_path, SAC, n_envs=2, seed=3, on_row=on_row, log_folder=tmp_path / "log", model_path=tmp_path / "model.zip")
+    assert rows == [(40, 40), (80, 80), (120, 120)]
+    assert (model.n_envs, model.seed) == (2, 3)
+    assert SAC.load(tmp_path / "model").num_timesteps == 120
+    assert (tmp_path / "log" / "progress.csv").exists()
+    curve = read_curve(tmp_path / "curve.csv")
+    assert np.isnan(curve["multiplier"]).all() and np.isfinite(curve["cost_mean"]).all()
+
+
+def test_the_curve_is_there_only_if_the_model_is(tmp_path: Path) -> None:
+    model_path = tmp_path / "model.zip"
+    model_path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, model_path=model_path)
+    assert not (tmp_path / "curve.csv").exists()
+
+
+def test_ctrl_c_ends_the_program_where_nothing_is_to_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.StopTrainingOnTimeLimit, "_on_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, minutes=1.0)
+    assert not (tmp_path / "curve.csv").exists()
+
+
+@pytest.mark.parametrize("model_class", [ALGD, SACLag])
+def test_a_run_goes_on_from_its_checkpoint(
+    model_class: type[BaseAlgorithm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "whole", model_class, checkpoint=tmp_path / "other", checkpoint_every=40)
+
+    def interrupt_at_the_second(model: BaseAlgorithm, row: Row) -> None:
+        if row["step"] == 80:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = dict(checkpoint=tmp_path / "checkpoint", checkpoint_every=40)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model_class, on_row=interrupt_at_the_second, **options)
+    assert (tmp_path / "checkpoint").exists()
+    resumed = run(tmp_path, model_class, **options)
+    assert type(resumed) is model_class
+    assert not (tmp_path / "checkpoint").exists()
+    assert read_curve(tmp_path / "curve.csv")["step"].tolist() == [40, 80, 120]
+    expected = whole.policy.state_dict()
+    assert all(th.equal(value, expected[name]) for name, value in resumed.policy.state_dict().items())
 
 
 def test_what_is_missing_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
