@@ -90,6 +90,7 @@ CHANGES_TRAINING: dict[str, Any] = dict(
     actor_learning_rate=1e-2,
     cost_critic_learning_rate=1e-2,
     use_policy_at_warmup=True,
+    policy_delay=2,
     reduced_precision=True,
 )
 ONLY_IN: dict[Any, dict[str, Any]] = {
@@ -105,6 +106,7 @@ OTHERS = {
     "tensorboard_log",
     "verbose",
     "device",
+    "compile",
     "_init_setup_model",
 }
 

@@ -99,7 +99,7 @@ def test_training_with_compiled_updates_resembles_the_eager_one_and_leaves_nothi
 ) -> None:
     kwargs = dict(reduced_precision=False, policy_kwargs=dict(net_arch=[8], denoising_steps=1))
     eager, compiled = (make_model(compile=compile, **kwargs).learn(40) for compile in (False, True))
-    assert isinstance(compiled._actor_function, CompiledMethod)
+    assert compiled._compiled.keys() == {"_critic_losses", "_actor_loss"}
     for name, value in weights(eager).items():
         th.testing.assert_close(weights(compiled)[name], value, rtol=1e-2, atol=1e-3, msg=name)
     file = io.BytesIO()
@@ -109,7 +109,7 @@ def test_training_with_compiled_updates_resembles_the_eager_one_and_leaves_nothi
     assert same(weights(loaded), weights(compiled))
     monkeypatch.setattr(th, "compile", lambda function, **options: function)
     loaded.learn(10, reset_num_timesteps=False)
-    assert isinstance(loaded._actor_function, CompiledMethod)
+    assert loaded._compiled.keys() == {"_critic_losses", "_actor_loss"}
 
 
 def test_a_third_shape_is_computed_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_updates_are_compiled_where_that_pays(
     monkeypatch.setattr(compilation.shutil, "which", lambda name: "/bin/c++" if compiler else None)
     monkeypatch.setattr(th, "compile", lambda function, **options: function)
     model = make_model(verbose=1).learn(30)
-    assert isinstance(model._actor_function, CompiledMethod) == (said is None)
+    assert bool(model._compiled) == (said is None)
     # Eager bfloat16 brings nothing
     assert model._uses_bfloat16 == (said is None)
     out = capsys.readouterr().out
@@ -173,11 +173,11 @@ def test_a_resumed_training_keeps_what_was_decided(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(th, "compile", lambda function, **options: function)
     monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", 25)
     model = make_model().learn(50)
-    assert isinstance(model._actor_function, CompiledMethod)
+    assert model._compiled.keys() == {"_critic_losses", "_actor_loss"}
     model.learn(5, reset_num_timesteps=False)
-    assert isinstance(model._actor_function, CompiledMethod)
+    assert model._compiled.keys() == {"_critic_losses", "_actor_loss"}
     model.learn(30)
-    assert not isinstance(model._actor_function, CompiledMethod)
+    assert not model._compiled
 
 
 def test_compile_has_to_be_possible(monkeypatch: pytest.MonkeyPatch) -> None:

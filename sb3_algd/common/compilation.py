@@ -123,10 +123,6 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
     :param kwargs: see there
     """
 
-    #: The methods of these names, compiled or not
-    _critic_function: Callable[..., Any]
-    _actor_function: Callable[..., Any]
-
     def __init__(
         self, *args: Any, reduced_precision: bool | Literal["auto"], compile: bool | Literal["auto"], **kwargs: Any
     ) -> None:
@@ -135,7 +131,8 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         self.compile = compile
         #: What was decided at the start of training, the same in a training that is resumed
         self._compiles: bool | None = None
-        self._uncompile()
+        #: Compiled forms of methods, by their names
+        self._compiled: dict[str, CompiledMethod[Any]] = {}
 
     @abstractmethod
     def _critic_losses(self, batch: CostReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -164,12 +161,12 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         arguments = super()._setup_learn(*args, **kwargs)
         if self._compiles is None or self.num_timesteps == 0:
             self._compiles = self._pays_to_compile(arguments[0])
-        self._uncompile()
+        self._compiled = {}
         if self._compiles:
             reason = reason_against(self.device)
             if reason is None:
-                self._critic_function = CompiledMethod(self._critic_losses, self.device, self.compile is True, self._tell)
-                self._actor_function = CompiledMethod(self._actor_loss, self.device, self.compile is True, self._tell)
+                for method in (self._critic_losses, self._actor_loss):
+                    self._compiled[method.__name__] = CompiledMethod(method, self.device, self.compile is True, self._tell)
             elif self.compile is True:
                 raise RuntimeError(f"compile=True, but {reason}: install what is missing, or use compile='auto'.")
             else:
@@ -192,8 +189,13 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
             self._tell("Updates are not compiled: in single precision they would hardly be faster", 1)
         return updates >= WORTHWHILE_UPDATES and has_fast_bfloat16(self.device)
 
-    def _uncompile(self) -> None:
-        self._critic_function, self._actor_function = self._critic_losses, self._actor_loss
+    def _call(self, name: str, *args: Any) -> Any:
+        """
+        :param name: Name of a method.
+        :param args: Its arguments.
+        :return: What it returns, computed in its compiled form where there is one
+        """
+        return self._compiled.get(name, getattr(self, name))(*args)
 
     def _tell(self, message: str, level: int) -> None:
         if self.verbose >= level:
@@ -207,4 +209,4 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         return self.reduced_precision
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_critic_function", "_actor_function"]
+        return [*super()._excluded_save_params(), "_compiled"]

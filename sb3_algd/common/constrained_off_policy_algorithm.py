@@ -213,7 +213,7 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
 
         # Reward and cost critics, which have no parameter in common
         with precision():
-            critic_loss, cost_critic_loss, buffer_risk = self._critic_function(batch)
+            critic_loss, cost_critic_loss, buffer_risk = self._call("_critic_losses", batch)
         self._minimize(critic_loss + cost_critic_loss, [self.critic.optimizer, self.cost_critic.optimizer])
 
         metrics = {"critic_loss": critic_loss.detach(), "cost_critic_loss": cost_critic_loss.detach(), "risk": buffer_risk}
@@ -222,7 +222,7 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         policy_risk = None
         if self._n_updates % self.policy_delay == 0:
             with precision():
-                actor_loss, actor_metrics, policy_risk = self._actor_function(batch.observations)
+                actor_loss, actor_metrics, policy_risk = self._call("_actor_loss", batch.observations)
             self._minimize(actor_loss, self._actor_optimizers())
             gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
             metrics.update(actor_metrics, policy_risk=policy_risk, policy_grad_norm=th.nn.utils.get_total_norm(gradients))
