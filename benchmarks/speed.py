@@ -232,9 +232,13 @@ def measure_updates(rounds: int, device: str, chosen: list[str] | None = None) -
     makers["sac_lag"] = partial(make_model, "sac_lag", device)
     for kind in ("ve", "ddpm"):
         make = partial(make_model, kind, device)
-        makers[f"algd-{kind}"] = make
-        makers[f"algd-{kind}, constraint not active"] = partial(make, cost_limit=1e6)
-        makers[f"algd-{kind}, bfloat16"] = partial(make, reduced_precision=True)
+        makers[f"algd-{kind}"] = partial(make, compile=False)
+        makers[f"algd-{kind}, constraint not active"] = partial(make, compile=False, cost_limit=1e6)
+        for precision, reduced in (("float32", False), ("bfloat16", True)):
+            makers[f"algd-{kind}, compiled, {precision}"] = partial(make, compile=True, reduced_precision=reduced)
+        makers[f"algd-{kind}, compiled, bfloat16, constraint not active"] = partial(
+            make, compile=True, reduced_precision=True, cost_limit=1e6
+        )
     names = [name for name in makers if chosen is None or name in ("sac", *chosen)]
     models = {name: ModelProcess(makers[name], device) for name in names}
     count = 200 if device == "cuda" else 20
