@@ -44,14 +44,9 @@ def reason_against(device: th.device) -> str | None:
     return None
 
 
-def has_fast_bfloat16(device: th.device) -> bool:
-    """
-    :param device: Device of the model.
-    :return: Whether it has units for matrix products in bfloat16: tensor cores, AMX or AVX512-BF16.
-    """
-    if device.type == "cuda":
-        return th.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (th.cpu._is_amx_tile_supported() or th.cpu._is_avx512_bf16_supported())
+def has_fast_bfloat16() -> bool:
+    """:return: Whether the CPU has units for matrix products in bfloat16, AMX or AVX512-BF16."""
+    return th.cpu._is_amx_tile_supported() or th.cpu._is_avx512_bf16_supported()
 
 
 class CompiledMethod(Generic[Result]):
@@ -123,9 +118,7 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
     :param kwargs: see there
     """
 
-    def __init__(
-        self, *args: Any, reduced_precision: bool | Literal["auto"], compile: bool | Literal["auto"], **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, reduced_precision: bool, compile: bool | Literal["auto"], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reduced_precision = reduced_precision
         self.compile = compile
@@ -153,9 +146,8 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         """
 
     def _check_arguments(self) -> None:
-        for name in ("compile", "reduced_precision"):
-            if getattr(self, name) not in (True, False, "auto"):
-                raise ValueError(f"{name} must be True, False or 'auto', got {getattr(self, name)!r}.")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}.")
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         arguments = super()._setup_learn(*args, **kwargs)
@@ -185,9 +177,11 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
             updates = updates // (per_rollout * self.n_envs) * self.gradient_steps
         if updates < WORTHWHILE_UPDATES:
             self._tell(f"Updates are not compiled: {updates} of them take less time than compiling", 1)
-        elif not has_fast_bfloat16(self.device):
-            self._tell("Updates are not compiled: in single precision they would hardly be faster", 1)
-        return updates >= WORTHWHILE_UPDATES and has_fast_bfloat16(self.device)
+            return False
+        if self.device.type == "cpu" and not (self.reduced_precision and has_fast_bfloat16()):
+            self._tell("Updates are not compiled: on this CPU that needs reduced_precision=True and units for bfloat16", 1)
+            return False
+        return True
 
     def _call(self, name: str, *args: Any) -> Any:
         """
@@ -200,13 +194,6 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
     def _tell(self, message: str, level: int) -> None:
         if self.verbose >= level:
             print(message)
-
-    @property
-    def _uses_bfloat16(self) -> bool:
-        """Eager bfloat16 brings nothing: its conversions cost what its products save, unless they are fused."""
-        if self.reduced_precision == "auto":
-            return bool(self._compiles) and has_fast_bfloat16(self.device)
-        return self.reduced_precision
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_compiled"]

@@ -209,7 +209,7 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         :param episode_cost: See :meth:`_episode_cost`
         :return: Losses, gradient norm and risks
         """
-        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self._uses_bfloat16)
+        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self.reduced_precision)
 
         # Reward and cost critics, which have no parameter in common
         with precision():
