@@ -1,21 +1,19 @@
 """ALGD, Augmented Lagrangian-Guided Diffusion: the policy's next actions and the policy's loss."""
 
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch as th
 import torch.nn.functional as F
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from sb3_algd.algd.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy
 from sb3_algd.algd.score import ScoreMatching
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.episode_costs import CostKey
 from sb3_algd.common.lagrange import PerConstraint
-
-SelfALGD = TypeVar("SelfALGD", bound="ALGD")
 
 
 class ALGD(ConstrainedOffPolicyAlgorithm):
@@ -237,25 +235,3 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
 
         metrics = {"energy": energy[0].mean(), "score_loss": score_loss.detach()}
         return self.guidance_coef * guidance_loss + self.score_coef * score_loss, metrics, risk[0].mean(dim=0)
-
-    def learn(
-        self: SelfALGD,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "ALGD",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfALGD:
-        """
-        Return a trained model, see SB3.
-
-        :param total_timesteps: The total number of samples (env steps) to train on
-        :param callback: callback(s) called at every step with state of the algorithm.
-        :param log_interval: The number of episodes before logging.
-        :param tb_log_name: the name of the run for TensorBoard logging
-        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
-        :param progress_bar: Display a progress bar using tqdm and rich.
-        :return: the trained model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -340,7 +340,7 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 4,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfCostAware:
@@ -350,13 +350,14 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         :param total_timesteps: The total number of samples (env steps) to train on
         :param callback: callback(s) called at every step with state of the algorithm.
         :param log_interval: The number of episodes before logging.
-        :param tb_log_name: the name of the run for TensorBoard logging
+        :param tb_log_name: the name of the run for TensorBoard logging, that of the algorithm if None
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
         """
         # Given as 1e6 more often than not
-        super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        name = tb_log_name or type(self).__name__
+        super().learn(int(total_timesteps), callback, log_interval, name, reset_num_timesteps, progress_bar)
         if self._cost_tracker is not None and self._cost_tracker.total_steps > 0:
             self._warn_no_cost()
         return self

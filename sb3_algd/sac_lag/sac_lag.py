@@ -1,21 +1,19 @@
 """SAC-Lagrangian: SAC whose actor minimises the Lagrangian of reward and cost critics."""
 
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor
 
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.episode_costs import CostKey
 from sb3_algd.common.lagrange import PerConstraint
 from sb3_algd.sac_lag.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SACLagPolicy
-
-SelfSACLag = TypeVar("SelfSACLag", bound="SACLag")
 
 
 class SACLag(ConstrainedOffPolicyAlgorithm):
@@ -254,28 +252,6 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         if self.log_ent_coef is not None:
             loss = loss - (self.log_ent_coef * (log_prob.detach() + self._target_entropy)).mean()
         return loss, {"energy": energy[0].mean(), "ent_coef": ent_coef.squeeze()}, risk[0].mean(dim=0)
-
-    def learn(
-        self: SelfSACLag,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "SACLag",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfSACLag:
-        """
-        Return a trained model, see SB3.
-
-        :param total_timesteps: The total number of samples (env steps) to train on
-        :param callback: callback(s) called at every step with state of the algorithm.
-        :param log_interval: The number of episodes before logging.
-        :param tb_log_name: the name of the run for TensorBoard logging
-        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
-        :param progress_bar: Display a progress bar using tqdm and rich.
-        :return: the trained model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "log_ent_coef", "ent_coef_tensor", "ent_coef_optimizer"]
