@@ -24,7 +24,8 @@ from stable_baselines3.common.utils import get_latest_run_id
 
 from sb3_algd import ALGD, SACLag, evaluate_policy
 from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
-from sb3_algd.common.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
+from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
+from sb3_algd.common.checkpoint_files import MANIFEST, read_manifest
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
