@@ -109,7 +109,6 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     }
     policy: DiffusionPolicy
     actor: DiffusionActor
-    _non_negative = (*ConstrainedOffPolicyAlgorithm._non_negative, "score_coef")
 
     def __init__(
         self,
