@@ -34,7 +34,7 @@ def test_a_second_run_keeps_the_first(tmp_path: Path) -> None:
 
 def test_the_time_limit_ends_training(tmp_path: Path) -> None:
     args = train.parse_arguments([*SHORT, "--minutes", "0"])
-    assert train.train(args, tmp_path).num_timesteps == 1
+    assert train.train_as_asked(args, tmp_path).num_timesteps == 1
     assert read_curve(tmp_path / "learning_curve.csv")["step"].tolist() == [1]
 
 
@@ -43,7 +43,7 @@ def test_an_interrupted_run_keeps_what_was_learned(tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.StopTrainingOnTimeLimit, "_on_step", interrupt)
-    train.train(train.parse_arguments(SHORT), tmp_path)
+    train.train_as_asked(train.parse_arguments(SHORT), tmp_path)
     assert (tmp_path / "model.zip").exists()
     assert read_curve(tmp_path / "learning_curve.csv")["step"].tolist() == [1]
 
@@ -51,5 +51,42 @@ def test_an_interrupted_run_keeps_what_was_learned(tmp_path: Path, monkeypatch: 
 def test_what_is_missing_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(SystemExit, match="pip install matplotlib"):
+        train.main([*SHORT, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--env", "Nowhere-v0"], "--env Nowhere-v0: Environment `Nowhere` doesn't exist"),
+        (["--device", "nowhere"], "There is no device 'nowhere'"),
+        (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device here"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(train.th.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message) as error:
+        train.main([*SHORT, *arguments, "--out", str(tmp_path)])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--steps", "-5"), ("--steps", "1e3"), ("--minutes", "nan"), ("--eval-every", "0"), ("--seed", "-1")]
+)
+def test_numbers_that_make_no_sense_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_arguments([option, value])
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_a_training_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(train, "train_as_asked", broken)
+    with pytest.raises(RuntimeError, match="no room"):
         train.main([*SHORT, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())

@@ -155,8 +155,8 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
             )
         if not np.all(self.action_space.low < self.action_space.high):
             raise ValueError(
-                f"`action_space` must have low < high in every dimension, got {self.action_space}: actions are scaled to [-1, 1]. "
-                "Leave out what cannot be chosen, in a wrapper."
+                f"`action_space` must have low < high in every dimension, got {self.action_space}: actions are scaled "
+                "to [-1, 1]. Leave out what cannot be chosen, in a wrapper."
             )
         if self.policy_kwargs.get("use_sde"):
             raise ValueError(f"{type(self).__name__} does not support gSDE: leave use_sde out of policy_kwargs.")
@@ -175,8 +175,8 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         if not np.isfinite(action).all():
             # The environment would make something of it, and be blamed
             raise FloatingPointError(
-                f"The policy's action became {action.tolist()} at step {self.num_timesteps}: training diverged and stopped, the "
-                f"environment has not seen it. {self._weights_backup.restore(self)}; try a smaller learning_rate or scaled "
+                f"The policy's action became {action.tolist()} at step {self.num_timesteps}: training diverged and stopped, "
+                f"the environment has not seen it. {self._weights_backup.restore(self)}; try a smaller learning_rate or scaled "
                 "rewards, and look at action_noise if there is any."
             )
         return action, buffer_action

@@ -210,8 +210,8 @@ class HorizonCheck:
         if length != horizon:
             ratio = budget_per_unit_cost(horizon, cost_gamma) / budget_per_unit_cost(length, cost_gamma)
             warn_user(
-                f"The environment ends its episodes after {length} steps, but a horizon of {horizon} steps is assumed: the budget "
-                f"of the cost critics is {ratio:.2g} times what the cost limit allows. Give episode_length={length}."
+                f"The environment ends its episodes after {length} steps, but a horizon of {horizon} steps is assumed: the "
+                f"budget of the cost critics is {ratio:.2g} times what the cost limit allows. Give episode_length={length}."
             )
         return True
 

@@ -33,8 +33,8 @@ def read_cost(info: dict[str, Any], cost_key: CostKey) -> np.ndarray | None:
     except (TypeError, ValueError):
         pass
     raise ValueError(
-        f"The environment reported a cost that is no number and no sequence of numbers: {cost!r}. Nothing of it was stored; the "
-        f"model can still be saved. Fix the environment's cost, or give cost_key=<function of info> (it is {cost_key!r})."
+        f"The environment reported a cost that is no number and no sequence of numbers: {cost!r}. Nothing of it was stored; "
+        f"the model can still be saved. Fix the environment's cost, or give cost_key=<function of info> (it is {cost_key!r})."
     )
 
 

@@ -93,12 +93,12 @@ class LagrangeMultiplier(nn.Module):
         self.max_value = max_value
         self.parameter = nn.Parameter(th.as_tensor(np.log(start) if space == "log" else start, dtype=th.float32))
         #: Kept with the parameter, which means nothing without it
-        self.register_buffer("in_log_space", th.tensor(space == "log"))
+        self.register_buffer("in_log_space", th.tensor(float(space == "log")))
         self.optimizer = th.optim.Adam([self.parameter], lr=learning_rate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Version 0.1.0 has saved the parameter alone
-        in_log_space = bool(state_dict.setdefault(f"{prefix}in_log_space", th.tensor(self.space == "log")))
+        in_log_space = bool(state_dict.setdefault(f"{prefix}in_log_space", th.tensor(float(self.space == "log"))))
         if in_log_space != (self.space == "log"):
             saved_space = "log" if in_log_space else "projected"
             raise ValueError(
