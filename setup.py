@@ -64,6 +64,8 @@ setup(
             "pytest>=8",
             "pytest-cov",
             "pytest-xdist",
+            # Values of arguments
+            "hypothesis>=6.100",
             "mypy>=1.9",
             "ruff>=0.9",
             "black>=26.1",

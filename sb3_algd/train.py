@@ -8,6 +8,7 @@ The first ten minutes: train ALGD on a safety task, and leave the model, its lea
 """
 
 import argparse
+import contextlib
 import importlib.util
 import shutil
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -24,7 +26,8 @@ from stable_baselines3.common.utils import get_latest_run_id
 
 from sb3_algd import ALGD, SACLag, evaluate_policy
 from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
-from sb3_algd.common.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
+from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
+from sb3_algd.common.checkpoint_files import MANIFEST, read_manifest
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
@@ -147,6 +150,35 @@ def train(
     return model
 
 
+def at_least(lowest: float) -> Callable[[str], float]:
+    """:param lowest: A number, whole if only whole ones are allowed. :return: Reads one from the command line."""
+
+    def read(text: str) -> float:
+        value = type(lowest)(text)
+        if not lowest <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {lowest:g}, got {text}")
+        return value
+
+    # argparse names it where a text is no number
+    read.__name__ = "whole number" if isinstance(lowest, int) else "number"
+    return read
+
+
+def refuse_device(device: str) -> None:
+    """
+    Refuse a device that is not there, in whose place Stable-Baselines3 would take the CPU without a word.
+
+    :param device: Name of a device
+    :raises SystemExit: If it is not there
+    """
+    try:
+        kind = "auto" if device == "auto" else th.device(device).type
+    except RuntimeError:
+        raise SystemExit(f"There is no device {device!r}: give auto, cpu or cuda.") from None
+    if kind == "cuda" and not th.cuda.is_available():
+        raise SystemExit(f"--device {device}: PyTorch finds no CUDA device here. Leave the option out to train on the CPU.")
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """:param arguments: Those of the command line if None. :return: What they say."""
     parser = argparse.ArgumentParser(
@@ -155,10 +187,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--env", default="Safexp-PointButton1-v0", help="Gymnasium id of the task")
     parser.add_argument("--algo", default="algd", choices=list(ALGORITHMS), help="the algorithm")
     parser.add_argument("--diffusion", default="ve", choices=["ve", "ddpm"], help="type of ALGD's diffusion policy")
-    parser.add_argument("--steps", type=int, default=8000, help="environment steps, unless time is up before")
-    parser.add_argument("--minutes", type=float, default=8.5, help="time for training")
-    parser.add_argument("--eval-every", type=int, default=1000, help="environment steps between two points of the curve")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=at_least(1), default=8000, help="environment steps, unless time is up before")
+    parser.add_argument("--minutes", type=at_least(0.0), default=8.5, help="time for training")
+    parser.add_argument(
+        "--eval-every", type=at_least(1), default=1000, help="environment steps between two points of the curve"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the results go into a new folder in here")
     return parser.parse_args(arguments)
@@ -236,12 +270,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [package for package in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(package) is None]
     if missing:
         raise SystemExit(f"This program also needs {' and '.join(missing)}. Install with: pip install {' '.join(missing)}")
+    refuse_device(args.device)
+    try:
+        gym.spec(args.env)
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise SystemExit(f"--env {args.env}: {' '.join(str(error).split())}") from None
     started = time.monotonic()
     th.set_num_threads(min(th.get_num_threads(), MAX_THREADS))
     folder = new_folder(args.out, args.env)
     name = ALGORITHMS[args.algo][0].__name__
     print(f"Training {name} on {args.env}: {args.steps} steps or {args.minutes:g} minutes, whichever comes first")
-    model = train_as_asked(args, folder)
+    try:
+        model = train_as_asked(args, folder)
+    finally:
+        # Where nothing was left
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     curve = read_curve(folder / "learning_curve.csv")
     described = f"{name} ({args.diffusion})" if args.algo == "algd" else name
     title = f"{described} on {args.env}, seed {args.seed}"

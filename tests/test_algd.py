@@ -233,12 +233,12 @@ def test_warmup_is_uniform_or_the_policys() -> None:
     "kwargs, message",
     [
         (dict(policy_kwargs=dict(diffusion="flow")), "Unknown diffusion type 'flow'"),
-        (dict(guidance_coef=-1.0), "guidance_coef must be finite and >= 0"),
-        (dict(score_coef=-1.0), "score_coef must be finite and >= 0"),
-        (dict(score_kwargs=dict(temperature=0.0)), "temperature must be finite and > 0"),
-        (dict(score_kwargs=dict(n_samples=0)), "n_samples must be a whole number"),
-        (dict(score_kwargs=dict(n_samples=2.5)), "n_samples must be a whole number"),
-        (dict(score_kwargs=dict(pairing="beside")), "pairing must be 'after' or 'before'"),
+        (dict(guidance_coef=-1.0), "`guidance_coef` must be a finite number >= 0"),
+        (dict(score_coef=-1.0), "`score_coef` must be a finite number >= 0, got -1.0"),
+        (dict(score_kwargs=dict(temperature=0.0)), "`score_kwargs` must be .*'temperature': a finite number > 0"),
+        (dict(score_kwargs=dict(n_samples=0)), "`score_kwargs` must be .*'n_samples': a whole number"),
+        (dict(score_kwargs=dict(n_samples=2.5)), "`score_kwargs` must be .*'n_samples': a whole number"),
+        (dict(score_kwargs=dict(pairing="beside")), "'pairing': 'after' or 'before'"),
     ],
 )
 def test_bad_arguments(kwargs: dict, message: str) -> None:

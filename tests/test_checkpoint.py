@@ -23,8 +23,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.callbacks import CostEvalCallback
-from sb3_algd.common.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
+from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
+from sb3_algd.common.checkpoint_files import MANIFEST, MANIFEST_COPY, PARITY, read_manifest
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.run_lock import LOCK
 from tests.conftest import (
     SMALL,
     Algorithm,
@@ -185,9 +187,9 @@ def start(folder: Path, kill_at_write: int = 0) -> subprocess.Popen[bytes]:
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_at_an_arbitrary_moment_or_while_saving(tmp_path: Path) -> None:
     whole = make_model(make_one_env()).learn(STEPS, ResumableCheckpointCallback(SAVE_FREQ, tmp_path / "whole"))
-    # Each checkpoint takes five: model, state, buffer, manifest, folder. In two processes the second one is broken at its
-    # third file and when the manifest was just replaced; the third process is killed from outside, whatever it is doing
-    processes = {write: start(tmp_path / f"{write}", write) for write in (8, 10, 0)}
+    # Each checkpoint takes seven: model, state, buffer, parity, manifest, copy, folder. In two processes the second one is
+    # broken at its parity and when the manifests were just replaced; the third process is killed from outside, at any moment
+    processes = {write: start(tmp_path / f"{write}", write) for write in (11, 14, 0)}
     while not (tmp_path / "0" / MANIFEST).exists():
         assert processes[0].poll() is None
         time.sleep(0.02)
@@ -197,7 +199,7 @@ def test_killed_at_an_arbitrary_moment_or_while_saving(tmp_path: Path) -> None:
         assert process.wait() == -9
         stored = read_manifest(tmp_path / f"{write}")["num_timesteps"]
         if write:
-            assert stored == {8: SAVE_FREQ, 10: 2 * SAVE_FREQ}[write]
+            assert stored == {11: SAVE_FREQ, 14: 2 * SAVE_FREQ}[write]
         resumed = resume(tmp_path / f"{write}", make_one_env(), total_timesteps=STEPS)
         assert_same_training(whole, resumed)
 
@@ -211,7 +213,11 @@ def test_only_new_transitions_are_written_and_overwritten_ones_go(tmp_path: Path
     manifest = read_manifest(tmp_path)
     # Rows 51 to 100 are what the buffer holds; the file with 41 to 60 is the oldest that is needed
     assert [file["n_added"] for file in manifest["buffer"]["files"]] == [60, 80, 100]
-    names = {MANIFEST, manifest["model"], manifest["state"], *(file["name"] for file in manifest["buffer"]["files"])}
+    # The checkpoint before, at step 80, needs one more; each has its parity
+    buffers = {file["name"] for checkpoint in (manifest, manifest["previous"]) for file in checkpoint["buffer"]["files"]}
+    assert len(buffers) == 4
+    names = {checkpoint[kind] for checkpoint in (manifest, manifest["previous"]) for kind in ("model", "state")}
+    names |= {MANIFEST, MANIFEST_COPY, LOCK, *buffers, *(f"{name}{PARITY}" for name in buffers)}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -375,7 +381,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         resume(tmp_path, make_vec_env(make_env, n_envs=2))
     with pytest.raises(ValueError, match="was not wrapped in VecNormalize"):
         resume(tmp_path, VecNormalize(make_one_env()), total_timesteps=30)
-    number = read_manifest(tmp_path)["number"]
+    run = read_manifest(tmp_path)["run"]
     with pytest.warns(UserWarning, match="holds a checkpoint of an earlier run"):
         make_model(make_one_env()).learn(10, ResumableCheckpointCallback(10, tmp_path))
-    assert read_manifest(tmp_path)["number"] == number + 1
+    # What is left belongs to the new run
+    manifest = read_manifest(tmp_path)
+    assert manifest["run"] != run and manifest["previous"] is None
+    assert not list(tmp_path.glob(f"*{run}*"))

@@ -184,7 +184,7 @@ def test_compile_has_to_be_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"compile=True, but there is no C\+\+ compiler"):
         make_model(compile=True).learn(30)
-    with pytest.raises(ValueError, match="compile must be True, False or 'auto', got 'always'"):
+    with pytest.raises(ValueError, match="`compile` must be True, False or 'auto', got 'always'"):
         make_model(compile="always")
 
 

@@ -158,19 +158,23 @@ def test_divergence_stops_training_and_names_the_quantity(algorithm: Algorithm) 
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
-        (dict(cost_limit=-1.0), ValueError, "cost_limit must be finite and >= 0"),
+        (dict(cost_limit=-1.0), ValueError, "`cost_limit` must be a finite number >= 0"),
         (dict(policy_kwargs=dict(use_sde=True)), ValueError, "does not support gSDE"),
         (dict(replay_buffer_class=type("Strange", (ReplayBuffer,), {})), ValueError, "Strange does not store costs"),
-        (dict(multiplier_signal="vibes"), ValueError, "multiplier_signal must be one of"),
-        (dict(rho=-1.0), ValueError, "rho must be finite"),
-        (dict(target_update_interval=1.5), ValueError, "target_update_interval must be a whole number"),
-        (dict(cost_limit="abc"), ValueError, "cost_limit must be a number or a flat sequence"),
-        (dict(cost_gamma=0.0), ValueError, "cost_gamma must be"),
-        (dict(cost_gamma=1.5, cost_limit_discounted=True), ValueError, "cost_gamma must be"),
-        (dict(episode_length=0), ValueError, "episode length must be"),
-        (dict(episode_length=2.5, cost_limit_discounted=True), ValueError, "episode length must be"),
+        (
+            dict(multiplier_signal="vibes"),
+            ValueError,
+            "`multiplier_signal` must be 'episodes', 'buffer' or 'policy', got 'vibes'",
+        ),
+        (dict(rho=-1.0), ValueError, "`rho` must be a finite number"),
+        (dict(target_update_interval=1.5), ValueError, "`target_update_interval` must be a whole number"),
+        (dict(cost_limit="abc"), ValueError, "`cost_limit` must be a finite number >= 0, or a flat sequence"),
+        (dict(cost_gamma=0.0), ValueError, "`cost_gamma` must be"),
+        (dict(cost_gamma=1.5, cost_limit_discounted=True), ValueError, "`cost_gamma` must be"),
+        (dict(episode_length=0), ValueError, "`episode_length` must be"),
+        (dict(episode_length=2.5, cost_limit_discounted=True), ValueError, "`episode_length` must be"),
         (dict(policy_kwargs=dict(n_constraints=2)), ValueError, "follows from cost_limit"),
-        (dict(multiplier_kwargs=dict(init_value=0.0, space="log")), ValueError, "cannot start at 0"),
+        (dict(multiplier_kwargs=dict(init_value=0.0, space="log")), ValueError, "`init_value` must be > 0 in log space"),
     ],
 )
 def test_bad_arguments(kwargs: dict, error: type[Exception], message: str, algorithm: Algorithm) -> None:

@@ -23,7 +23,7 @@ def test_budget_is_the_discounted_cost_of_an_evenly_spent_limit() -> None:
 
 @pytest.mark.parametrize("horizon, gamma", [(0, 0.99), (10, 0.0), (10, 1.1)])
 def test_budget_refuses_nonsense(horizon: int, gamma: float) -> None:
-    with pytest.raises(ValueError, match=r"episode length|cost_gamma"):
+    with pytest.raises(ValueError, match=r"`episode_length` must be|`cost_gamma` must be"):
         budget_per_unit_cost(horizon, gamma)
 
 
@@ -31,7 +31,7 @@ def test_cost_limit_forms() -> None:
     assert check_cost_limit(10).tolist() == [10.0]
     assert check_cost_limit((1, 2.5)).tolist() == [1.0, 2.5]
     for bad in (-1.0, [1.0, -2.0], float("nan"), float("inf"), [], [[1.0]]):
-        with pytest.raises(ValueError, match="cost_limit must be"):
+        with pytest.raises(ValueError, match="`cost_limit` must be"):
             check_cost_limit(bad)
 
 

@@ -311,3 +311,110 @@ def test_warnings_point_at_the_users_line() -> None:
     with pytest.warns(UserWarning, match="reported no cost") as record:
         evaluate_policy(model, gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 2), n_eval_episodes=1)
     assert [warning.filename for warning in record if "no cost" in str(warning.message)] == [__file__]
+
+
+# --- actions ---------------------------------------------------------------------------------------------------------
+
+
+class CostOfActions(CostlyEnv):
+    """Its cost is that of the action, as in many environments."""
+
+    def step(self, action: np.ndarray) -> Any:
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, {"cost": float(np.abs(action).sum())}
+
+
+class SpoilActor(BaseCallback):
+    """Makes the policy act NaN from a step on."""
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 35:
+            with th.no_grad():
+                for parameter in self.model.policy.actor.parameters():  # type: ignore[union-attr, operator]
+                    parameter.fill_(th.nan)
+        return True
+
+
+def test_an_action_that_is_not_finite_is_the_policys_fault(monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
+    monkeypatch.setattr("sb3_algd.common.guards.BACKUP_INTERVAL", 4)
+    model = make_model_of(algorithm, gym.wrappers.TimeLimit(CostOfActions(), 20), train_freq=10, gradient_steps=4)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"The policy's action became .*nan.* at step 35: .*has not seen it. The model was set back to what it was",
+    ):
+        model.learn(60, SpoilActor())
+    assert model.replay_buffer is not None and model.replay_buffer.pos == 35
+    assert all(th.isfinite(value).all() for value in weights(model).values())
+    model.learn(20)
+
+
+def test_bounds_without_width_are_refused(algorithm: Algorithm) -> None:
+    env = make_env()
+    env.unwrapped.action_space = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 0]))
+    with pytest.raises(ValueError, match="`action_space` must have low < high in every dimension"):
+        make_model_of(algorithm, env)
+
+
+@pytest.mark.parametrize("cost", ["1.0", {"speed": 1.0}, [[1.0], [1.0, 2.0]]])
+def test_a_cost_that_is_no_number_is_named(cost: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"reported a cost that is no number and no sequence of numbers: .*cost_key=<function"
+    ):
+        make_model(cost_key=lambda info: cost).learn(5)
+
+
+# --- the horizon -----------------------------------------------------------------------------------------------------
+
+
+class EndsByItself(CostlyEnv):
+    """
+    Cuts its episodes off itself, where no ``TimeLimit`` can tell.
+
+    :param lengths: Of the episodes, in turn
+    """
+
+    def __init__(self, lengths: list[int], terminated: bool = False) -> None:
+        super().__init__()
+        self.lengths, self.terminated = lengths, terminated
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.left = self.lengths[0]
+        self.lengths = [*self.lengths[1:], self.lengths[0]]
+        return super().reset(**kwargs)
+
+    def step(self, action: np.ndarray) -> Any:
+        obs, reward, _, _, info = super().step(action)
+        self.left -= 1
+        return obs, reward, self.terminated and self.left == 0, self.left == 0, info
+
+
+def test_episodes_that_are_shorter_than_the_assumed_horizon_are_noticed(algorithm: Algorithm) -> None:
+    message = r"ends its episodes after 20 steps, but a horizon of 1000 .* is 0\.11 times .*Give episode_length=20"
+    with pytest.warns(UserWarning, match="1000 steps are assumed"):
+        model = make_model_of(algorithm, make_vec_env(lambda: EndsByItself([20]), n_envs=1), learning_starts=1000)
+    with pytest.warns(UserWarning, match=message) as caught:
+        model.learn(100)
+    assert sum("horizon" in str(warning.message) for warning in caught) == 1
+    before = model.cost_budget.copy()
+    model.episode_length = 20
+    assert model.cost_budget / before == pytest.approx(9.1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "lengths, terminated, kwargs",
+    [
+        ([20, 21], False, {}),
+        ([20], True, {}),
+        ([20], False, dict(episode_length=50)),
+        ([20], False, dict(cost_limit_discounted=True)),
+    ],
+)
+def test_a_horizon_that_is_given_or_that_nothing_contradicts_is_left_alone(
+    lengths: list[int], terminated: bool, kwargs: dict[str, Any]
+) -> None:
+    env = make_vec_env(lambda: EndsByItself(lengths, terminated), n_envs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No episode_length was given")
+        model = make_model(env, learning_starts=1000, **kwargs)
+        warnings.simplefilter("error")
+        model.learn(130)

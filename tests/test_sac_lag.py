@@ -255,7 +255,7 @@ def test_the_entropy_coefficient_has_the_learning_rate_of_all() -> None:
     + [("target_entropy", value) for value in ("x", None, np.nan, -np.inf)],
 )
 def test_what_makes_no_sense_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be"):
+    with pytest.raises(ValueError, match=f"^`{name}` must be"):
         make_model(**{name: value})
 
 

@@ -131,3 +131,40 @@ def test_what_is_missing_is_said_before_training(tmp_path: Path, monkeypatch: py
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         train.main([*SHORT, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--env", "Nowhere-v0"], "--env Nowhere-v0: Environment `Nowhere` doesn't exist"),
+        (["--device", "nowhere"], "There is no device 'nowhere'"),
+        (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device here"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(train.th.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message) as error:
+        train.main([*SHORT, *arguments, "--out", str(tmp_path)])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--steps", "-5"), ("--steps", "1e3"), ("--minutes", "nan"), ("--eval-every", "0"), ("--seed", "-1")]
+)
+def test_numbers_that_make_no_sense_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_arguments([option, value])
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_a_training_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(train, "train_as_asked", broken)
+    with pytest.raises(RuntimeError, match="no room"):
+        train.main([*SHORT, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

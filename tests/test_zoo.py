@@ -344,3 +344,21 @@ def test_the_tiny_task_draws_what_was_done() -> None:
     for picture, side, color in zip(pictures, (1, -1, 1), (blue, blue, red), strict=True):
         assert tuple(picture[45, middle + 20 * side]) == color
         assert tuple(picture[45, middle - 20 * side]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--env", "Nowhere-v0"], "Nowhere-v0 not found in gym registry"),
+        (["--env", ENV, "-params", "learning_rate:x"], "NameError: .*'x'"),
+        (["--env", ENV, "-params", "cost_limt:3"], "TypeError: .*cost_limt"),
+        (["--env", ENV, "-params", "rho:-1"], "ValueError: `rho` must be"),
+        (["--env", ENV, "--device", "nowhere"], "There is no device 'nowhere'"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message) as error:
+        main("train", *options, "-f", tmp_path / "logs", "-n", 10)
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list((tmp_path / "logs").glob("algd/*"))

@@ -113,7 +113,6 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     }
     policy: DiffusionPolicy
     actor: DiffusionActor
-    _non_negative = (*ConstrainedOffPolicyAlgorithm._non_negative, "guidance_coef", "score_coef")
 
     def __init__(
         self,

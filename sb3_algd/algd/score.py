@@ -9,28 +9,19 @@ import torch as th
 @dataclass(frozen=True)
 class ScoreMatching:
     """
-    How the score network is trained; the arguments that ``score_kwargs`` may have.
+    How the score network is trained; the arguments that ``score_kwargs`` may have (see :mod:`sb3_algd.common.arguments`).
 
     :param temperature: Temperature :math:`\\beta` of the energy
     :param n_samples: Number N of Monte-Carlo samples of the score target
     :param pairing: State that step k's score is learned at: the one ``"after"`` the step's update (the paper's code)
         or the one ``"before"`` it, where sampling evaluates the score
     :param grad_through_chain: Whether the score loss also sends gradients back through the denoising chain (the paper's does)
-    :raises ValueError: If a value cannot work
     """
 
     temperature: float = 1.0
     n_samples: int = 4
     pairing: Literal["after", "before"] = "after"
     grad_through_chain: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"score_kwargs: temperature must be finite and > 0, got {self.temperature}.")
-        if self.n_samples < 1 or self.n_samples != int(self.n_samples):
-            raise ValueError(f"score_kwargs: n_samples must be a whole number, at least 1, got {self.n_samples}.")
-        if self.pairing not in ("after", "before"):
-            raise ValueError(f"score_kwargs: pairing must be 'after' or 'before', got {self.pairing!r}.")
 
     def draw_states(self, latents: list[th.Tensor]) -> tuple[th.Tensor, th.Tensor]:
         """

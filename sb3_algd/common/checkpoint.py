@@ -7,23 +7,26 @@ environments with a seed that is stored too, whether or not training is interrup
 
 A checkpoint is a folder::
 
-    checkpoint.json         names the files that belong together; replaced last, in one step
-    model_<n>.zip           what ``model.save()`` stores
-    state_<n>.pkl           random generators, VecNormalize, callbacks, what changes inside the replay buffer
-    buffer_<n>.pkl          transitions that are new since the checkpoint before; all of these make up the replay buffer
+    checkpoint.json             names the files that belong together, with their SHA-256; replaced last, in one step
+    checkpoint.copy.json        the same once more
+    checkpoint.lock             locked by the running training
+    model_<run>_<n>.zip         what ``model.save()`` stores
+    state_<run>_<n>.pkl         random generators, VecNormalize, callbacks, what changes inside the replay buffer
+    buffer_<run>_<n>.pkl        transitions that are new since the checkpoint before; all of these make up the replay buffer
+    buffer_<run>_<n>.pkl.parity what a damaged one is repaired from
 
-Like every file that Stable-Baselines3 loads, these contain pickled objects: open only those that you trust.
+The checkpoint before is kept too, for the case that the newest is damaged. Like every file that Stable-Baselines3 loads, these
+contain pickled objects: open only those that you trust.
 """
 
-import json
-import os
 import pickle
 import pydoc
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -31,6 +34,17 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
 from sb3_algd.common.buffers import CostStorage
+from sb3_algd.common.checkpoint_files import (
+    PARITY,
+    choose_checkpoint,
+    files_of,
+    manifest_content,
+    read_manifest,
+    remove_others,
+    replace_manifest,
+    write_durably,
+    write_parity,
+)
 from sb3_algd.common.checkpoint_state import (
     as_list,
     buffer_rows,
@@ -40,26 +54,26 @@ from sb3_algd.common.checkpoint_state import (
     original_observation,
     plain_attributes,
     plain_values,
+    plan_buffer,
     restart_episodes,
     same_observation,
     saved_model,
-    sync_folder,
-    write_durably,
 )
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.guards import all_finite, warn_user
 from sb3_algd.common.random_state import get_random_state, set_random_state
+from sb3_algd.common.run_lock import RunLock
 
-MANIFEST = "checkpoint.json"
 #: What the logger will write at its next dump
 _LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
 class ResumableCheckpointCallback(BaseCallback):
     """
-    Store checkpoints for :func:`resume`: the newest one in ``save_path``, which replaces the one before.
+    Store checkpoints for :func:`resume` in ``save_path``: the newest one and the one before.
 
-    A kill at any moment, also while a checkpoint is being stored, leaves a complete one behind. Episodes that run when a
+    The folder belongs to one run, which locks it while it trains: a second one, or a second :func:`resume`, is refused. A
+    kill at any moment, also while a checkpoint is being stored, leaves a complete one behind. Episodes that run when a
     checkpoint is stored end there (see the module), so make ``save_freq`` many times the length of an episode.
     Other callbacks are told of it by a call of their method ``episodes_restarted()``, if they have one.
 
@@ -83,6 +97,11 @@ class ResumableCheckpointCallback(BaseCallback):
         #: The replay buffer that the manifest's files belong to
         self._stored_buffer: CostStorage | None = None
         self._number = 0
+        #: Part of the names of all files that this object writes
+        self._run = uuid.uuid4().hex[:8]
+        self._lock = RunLock(self.save_path)
+        #: The manifest that should be there when the next checkpoint is stored
+        self._expected: bytes | None = None
         #: Data of the other callbacks, as they were at the start and where that has changed
         self._initial_states: dict[str, dict[str, Any]] = {}
         self._kept_states: dict[str, dict[str, Any]] = {}
@@ -94,14 +113,16 @@ class ResumableCheckpointCallback(BaseCallback):
                 f"for {type(self.model).__name__}."
             )
         self.save_path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
         self._started = False
-        if self._manifest is None and (self.save_path / MANIFEST).exists():
-            # Its files must stay until it is replaced
-            self._number = read_manifest(self.save_path)["number"]
-            warn_user(
-                f"{self.save_path} holds a checkpoint of an earlier run, which the first one of this run will replace. "
-                "To go on with the earlier run: sb3_algd.common.checkpoint.resume(...)."
-            )
+        if self._manifest is None:
+            self._expected = manifest_content(self.save_path)
+            if self._expected is not None:
+                # Its files stay until it is replaced
+                warn_user(
+                    f"{self.save_path} holds a checkpoint of an earlier run, which the first one of this run will replace. "
+                    "To go on with the earlier run: sb3_algd.common.checkpoint.resume(...)."
+                )
 
     def _on_training_start(self) -> None:
         self._last_stored = self.num_timesteps
@@ -126,6 +147,7 @@ class ResumableCheckpointCallback(BaseCallback):
         # A resumed run that was complete already has not started again
         if self._started and self._last_stored < self.model.num_timesteps:
             self.store()
+        self._lock.release()
 
     def store(self) -> None:
         """
@@ -133,6 +155,7 @@ class ResumableCheckpointCallback(BaseCallback):
 
         :raises FloatingPointError: If the model's weights are not finite; the checkpoint before stays
         :raises OSError: If it cannot be written, for instance on a full disk; the checkpoint before stays
+        :raises RuntimeError: If another run has stored a checkpoint in the folder, which stays
         """
         model = self.model
         assert model.replay_buffer is not None
@@ -158,7 +181,12 @@ class ResumableCheckpointCallback(BaseCallback):
             "random": get_random_state(model.device),
         }
         number = self._number + 1
-        buffer, new_rows = self._plan_buffer(model.replay_buffer, number)
+        stored = None if self._manifest is None else self._manifest["buffer"]
+        buffer, new_rows = plan_buffer(
+            model.replay_buffer,
+            stored if self._stored_buffer is model.replay_buffer else None,
+            f"buffer_{self._run}_{number}.pkl",
+        )
         manifest: dict[str, Any] = {
             "number": number,
             "num_timesteps": model.num_timesteps,
@@ -166,11 +194,12 @@ class ResumableCheckpointCallback(BaseCallback):
             # Its name, because a class that was defined in the training program is found nowhere else
             "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
             "save_freq": self.save_freq,
-            "model": f"model_{number}.zip",
-            "state": f"state_{number}.pkl",
+            "run": self._run,
+            "model": f"model_{self._run}_{number}.zip",
+            "state": f"state_{self._run}_{number}.pkl",
             "buffer": buffer,
         }
-        writers: dict[str, Callable[[IO[bytes]], Any]] = {
+        writers: dict[str, Callable[[Any], Any]] = {
             manifest["model"]: lambda file: file.write(saved_model(model)),
             manifest["state"]: lambda file: pickle.dump(state, file, protocol=5),
         }
@@ -183,35 +212,29 @@ class ResumableCheckpointCallback(BaseCallback):
         if self.verbose >= 2:
             print(f"Stored checkpoint at {model.num_timesteps} steps in {self.save_path}")
 
-    def _plan_buffer(self, buffer: CostStorage, number: int) -> tuple[dict[str, Any], np.ndarray]:
-        """What the manifest says of the replay buffer, and the rows that are written now."""
-        n_added = buffer.n_added
-        if self._manifest is not None and self._stored_buffer is buffer:
-            series, before = self._manifest["buffer"]["series"], self._manifest["buffer"]["n_added"]
-            # A file whose rows are all overwritten by now is not needed
-            oldest = n_added - buffer.buffer_size
-            files = [file for file in self._manifest["buffer"]["files"] if file["n_added"] > oldest]
-        else:
-            series, before, files = uuid.uuid4().hex, 0, []
-        n_new = min(n_added - before, buffer.buffer_size)
-        # The memory efficient variant keeps the last next observation in the row that comes next
-        n_rows = min(n_new + (n_new > 0 and buffer.optimize_memory_usage), buffer.buffer_size)
-        rows = (buffer.pos - n_new + np.arange(n_rows)) % buffer.buffer_size
-        if n_rows > 0:
-            # The name of the series, because another buffer's file may stand beside it until the manifest is replaced
-            files = [*files, {"name": f"buffer_{series[:8]}_{number}.pkl", "n_added": n_added}]
-        return {"series": series, "n_added": n_added, "files": files}, rows
-
-    def _write(self, manifest: dict[str, Any], writers: dict[str, Callable[[IO[bytes]], Any]]) -> None:
-        """Write the files, then the manifest that makes them the checkpoint, then remove what it does not name."""
+    def _write(self, manifest: dict[str, Any], writers: dict[str, Callable[[Any], Any]]) -> None:
+        """Write the files, then the manifest that makes them the checkpoint, then remove what is no longer needed."""
+        if self._lock.lost or manifest_content(self.save_path) != self._expected:
+            raise RuntimeError(
+                f"The checkpoint in {self.save_path} is no longer the one of this run: another run has stored its own in this "
+                f"folder, or it was removed. Nothing was stored at step {manifest['num_timesteps']}. Give each run a "
+                "save_path of its own."
+            )
+        before = self._manifest or {}
+        described: dict[str, dict[str, Any]] = before.get("files", {})
+        manifest["files"] = {name: described[name] for name in files_of(manifest) if name in described}
+        manifest["previous"] = {name: value for name, value in before.items() if name not in ("previous", "digest")} or None
         written: list[Path] = []
         try:
             for name, writer in writers.items():
-                written.append(self.save_path / name)
-                write_durably(written[-1], writer)
-            new_manifest = self.save_path / f"{MANIFEST}.new"
-            written.append(new_manifest)
-            write_durably(new_manifest, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+                path = self.save_path / name
+                written.append(path)
+                manifest["files"][name] = {"sha256": write_durably(path, writer), "size": path.stat().st_size}
+                if name.startswith("buffer_"):
+                    # The checkpoint before, which replaces a damaged one, needs the same rows
+                    written.append(self.save_path / f"{name}{PARITY}")
+                    write_durably(written[-1], partial(write_parity, path))
+            replace_manifest(self.save_path, manifest, written)
         except OSError as error:
             for path in written:
                 path.unlink(missing_ok=True)
@@ -220,18 +243,44 @@ class ResumableCheckpointCallback(BaseCallback):
                 f"Could not store the checkpoint of step {manifest['num_timesteps']} in {self.save_path}: {error.strerror}. "
                 f"{self._stays()} Make room, then resume.",
             ) from error
-        os.replace(new_manifest, self.save_path / MANIFEST)
-        sync_folder(self.save_path)
-        named = {MANIFEST, manifest["model"], manifest["state"], *(file["name"] for file in manifest["buffer"]["files"])}
-        for pattern in ("model_*.zip", "state_*.pkl", "buffer_*.pkl"):
-            for path in self.save_path.glob(pattern):
-                if path.name not in named:
-                    path.unlink(missing_ok=True)
+        self._expected = manifest_content(self.save_path)
+        remove_others(self.save_path, manifest, None if self._lock.held else self._run)
 
     def _stays(self) -> str:
         if self._manifest is None:
             return "There is no earlier checkpoint of this run."
         return f"The checkpoint of step {self._manifest['num_timesteps']} stays."
+
+    def _take_up(
+        self,
+        env: GymEnv,
+        device: th.device | str,
+        custom_objects: dict[str, Any] | None,
+        model_class: type[ConstrainedOffPolicyAlgorithm] | None,
+    ) -> ConstrainedOffPolicyAlgorithm:
+        """Load the model of the newest checkpoint that is not damaged, see :func:`resume`; the rest follows in ``learn()``."""
+        path = self.save_path
+        manifest = choose_checkpoint(path)
+        # Version 0.1.0 has not noted the class
+        name = manifest.get("model_class", "")
+        found: Any = model_class or (pydoc.locate(name) if name else None)
+        if found is None:
+            raise ValueError(
+                f"The class of the model in {path}, {name or 'which is not noted'}, cannot be found: give model_class."
+            )
+        model: ConstrainedOffPolicyAlgorithm = found.load(
+            path / manifest["model"], env, device, custom_objects, force_reset=False
+        )
+        if model.n_envs != manifest["n_envs"]:
+            raise ValueError(f"The interrupted run had {manifest['n_envs']} environment(s), not {model.n_envs}: give as many.")
+        with (path / manifest["state"]).open("rb") as file:
+            state = pickle.load(file)
+        assert model.replay_buffer is not None
+        load_buffer(model.replay_buffer, state["buffer"], [path / file["name"] for file in manifest["buffer"]["files"]])
+        self._pending, self._number = state, manifest["number"]
+        self._manifest, self._stored_buffer = manifest, model.replay_buffer
+        self._expected = manifest_content(path)
+        return model
 
     # --- the other callbacks ---------------------------------------------------------------------------------------------
 
@@ -318,25 +367,12 @@ def resume(
     :param model_class: Class of the model. None for the class that the interrupted run had
     :return: The trained model
     :raises FileNotFoundError: If there is no checkpoint
-    :raises ValueError: If the number of environments is another one, or the class of the model is not known
+    :raises RuntimeError: If another run uses the folder
+    :raises ValueError: If the checkpoint and the one before are damaged, the number of environments is another one, or the
+        class of the model is not known
     """
     path = Path(path)
     manifest = read_manifest(path)
-    # Version 0.1.0 has not noted the class
-    name = manifest.get("model_class", "")
-    found: Any = model_class or (pydoc.locate(name) if name else None)
-    if found is None:
-        raise ValueError(
-            f"The class of the model in {path}, {name or 'which is not noted'}, cannot be found: give model_class."
-        )
-    model: ConstrainedOffPolicyAlgorithm = found.load(path / manifest["model"], env, device, custom_objects, force_reset=False)
-    if model.n_envs != manifest["n_envs"]:
-        raise ValueError(f"The interrupted run had {manifest['n_envs']} environment(s), not {model.n_envs}: give as many.")
-    with (path / manifest["state"]).open("rb") as file:
-        state = pickle.load(file)
-    assert model.replay_buffer is not None
-    load_buffer(model.replay_buffer, state["buffer"], [path / file["name"] for file in manifest["buffer"]["files"]])
-
     callbacks = as_list(callback)
     mine = [
         candidate
@@ -347,30 +383,18 @@ def resume(
     if not mine:
         mine = [ResumableCheckpointCallback(manifest["save_freq"], path)]
         callbacks += mine
-    mine[0]._pending, mine[0]._number = state, manifest["number"]
-    mine[0]._manifest, mine[0]._stored_buffer = manifest, model.replay_buffer
-    if total_timesteps is None:
-        total_timesteps = model._total_timesteps
-    return model.learn(
-        max(int(total_timesteps) - model.num_timesteps, 0),
-        CallbackList(callbacks),
-        log_interval,
-        tb_log_name or found.__name__,
-        reset_num_timesteps=False,
-        progress_bar=progress_bar,
-    )
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """
-    :param path: Folder of a checkpoint.
-    :return: Its files, and the step that it was stored at (``num_timesteps``).
-    :raises FileNotFoundError: If there is none.
-    """
+    mine[0]._lock.acquire()
     try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"There is no checkpoint in {path}: it is another folder, or the run ended before its first one. "
-            "Train from the start."
-        ) from error
+        model = mine[0]._take_up(env, device, custom_objects, model_class)
+        if total_timesteps is None:
+            total_timesteps = model._total_timesteps
+        return model.learn(
+            max(int(total_timesteps) - model.num_timesteps, 0),
+            CallbackList(callbacks),
+            log_interval,
+            tb_log_name or type(model).__name__,
+            reset_num_timesteps=False,
+            progress_bar=progress_bar,
+        )
+    finally:
+        mine[0]._lock.release()

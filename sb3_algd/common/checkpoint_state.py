@@ -1,12 +1,12 @@
-"""What a checkpoint is made of: restarted episodes, rows of the replay buffer, data of callbacks, durable files."""
+"""What a checkpoint is made of: restarted episodes, rows of the replay buffer, data of callbacks."""
 
 import io
-import os
 import pickle
+import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
@@ -72,6 +72,31 @@ def buffer_state(buffer: CostStorage) -> dict[str, Any]:
     return {"numbers": numbers, "rewritten": {name: rows[(name,)][: buffer.size()] for name in buffer.rewritten_arrays}}
 
 
+def plan_buffer(buffer: CostStorage, stored: dict[str, Any] | None, new_file: str) -> tuple[dict[str, Any], np.ndarray]:
+    """
+    Find what of a replay buffer is not stored yet.
+
+    :param buffer: The replay buffer.
+    :param stored: What the last manifest says of this buffer, None if it does not.
+    :param new_file: Name of the file that the new rows go to.
+    :return: What the next manifest says of it, and the rows that are written now.
+    """
+    n_added = buffer.n_added
+    if stored is not None:
+        series, before = stored["series"], stored["n_added"]
+        # A file whose rows are all overwritten by now is not needed
+        files = [file for file in stored["files"] if file["n_added"] > n_added - buffer.buffer_size]
+    else:
+        series, before, files = uuid.uuid4().hex, 0, []
+    n_new = min(n_added - before, buffer.buffer_size)
+    # The memory efficient variant keeps the last next observation in the row that comes next
+    n_rows = min(n_new + (n_new > 0 and buffer.optimize_memory_usage), buffer.buffer_size)
+    rows = (buffer.pos - n_new + np.arange(n_rows)) % buffer.buffer_size
+    if n_rows > 0:
+        files = [*files, {"name": new_file, "n_added": n_added}]
+    return {"series": series, "n_added": n_added, "files": files}, rows
+
+
 def load_buffer(buffer: CostStorage, state: dict[str, Any], files: list[Path]) -> None:
     """Fill a new buffer."""
     arrays = buffer_rows(buffer)
@@ -90,24 +115,6 @@ def saved_model(model: ConstrainedOffPolicyAlgorithm) -> bytes:
     file = io.BytesIO()
     model.save(file)
     return file.getvalue()
-
-
-def write_durably(path: Path, writer: Callable[[IO[bytes]], Any]) -> None:
-    """:param path: A new file. :param writer: Writes it. After this it is on the disk."""
-    with path.open("wb") as file:
-        writer(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename survive a power failure, where the system can."""
-    if os.name == "posix":
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def as_list(callback: MaybeCallback) -> list[BaseCallback]:

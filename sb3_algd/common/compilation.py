@@ -145,10 +145,6 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         :return: The loss; scalars to be logged, detached; the risk of the policy's actions, shape (n_constraints,)
         """
 
-    def _check_arguments(self) -> None:
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}.")
-
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         arguments = super()._setup_learn(*args, **kwargs)
         if self._compiles is None or self.num_timesteps == 0:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections import defaultdict
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -29,8 +29,6 @@ from sb3_algd.common.lagrange import (
 )
 from sb3_algd.common.legacy import adopt_saved
 from sb3_algd.common.policies import ConstrainedPolicy
-
-MULTIPLIER_SIGNALS = ("episodes", "buffer", "policy")
 
 
 class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
@@ -65,9 +63,6 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
     action_space: spaces.Box
 
     rho = ConstraintSetting()
-
-    #: Arguments that must be finite and >= 0
-    _non_negative: ClassVar[tuple[str, ...]] = ("cost_risk_coef", "cost_target_risk_coef")
 
     def __init__(
         self,
@@ -125,7 +120,9 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
     def _setup_model(self) -> None:
         adopt_saved(self.__dict__)
         self._check_arguments()
+        loading = bool(self._settled)
         self._setup_constraint()
+        self._setup_multiplier(loading)
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
         # SB3 fills in what it would have chosen, a buffer without costs among it: keep the arguments as the user gave them,
@@ -137,13 +134,17 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         self.__dict__.update(given)
         for name in ("actor", "critic", "critic_target", "cost_critic", "cost_critic_target"):
             setattr(self, name, getattr(self.policy, name))
+
+    def _setup_multiplier(self, loading: bool) -> None:
         kwargs = {"learning_rate": 1e-4, **(self.multiplier_kwargs or {})}
         self.multiplier_lr_schedule = FloatSchedule(kwargs.pop("learning_rate"))
+        if loading:
+            # The saved multipliers take its place
+            kwargs["init_value"] = min(1.0, kwargs.get("max_value", 1.0))
         multiplier = LagrangeMultiplier(self.n_constraints, learning_rate=self.multiplier_lr_schedule(1), **kwargs)
         self.lagrange_multiplier = multiplier.to(self.device)
 
     def _check_arguments(self) -> None:
-        """Refuse arguments that cannot work, before anything is built."""
         super()._check_arguments()
         if not isinstance(self.action_space, spaces.Box):
             # An AssertionError as from SB3's algorithms
@@ -151,18 +152,15 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
                 f"{type(self).__name__} only supports continuous (Box) action spaces but {self.action_space} was provided: "
                 "its policy samples real-valued actions. Wrap the environment to take a Box."
             )
+        if not np.all(self.action_space.low < self.action_space.high):
+            raise ValueError(
+                f"`action_space` must have low < high in every dimension, got {self.action_space}: actions are scaled "
+                "to [-1, 1]. Leave out what cannot be chosen, in a wrapper."
+            )
         if self.policy_kwargs.get("use_sde"):
             raise ValueError(f"{type(self).__name__} does not support gSDE: leave use_sde out of policy_kwargs.")
         if "n_constraints" in self.policy_kwargs:
             raise ValueError("n_constraints follows from cost_limit: leave it out of policy_kwargs.")
-        if self.multiplier_signal not in MULTIPLIER_SIGNALS:
-            raise ValueError(f"multiplier_signal must be one of {MULTIPLIER_SIGNALS}, got {self.multiplier_signal!r}.")
-        for name in self._non_negative:
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
-        for name in ("target_update_interval", "policy_delay"):
-            if getattr(self, name) < 1 or getattr(self, name) != int(getattr(self, name)):
-                raise ValueError(f"{name} must be a whole number, at least 1, got {getattr(self, name)}.")
 
     def _settle_constraint(self) -> None:
         super()._settle_constraint()
@@ -170,6 +168,17 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
         # Shape (n_constraints,); no bound until _set_cost_floor() knows one
         self._cost_floor = th.full_like(self._budget, -np.inf)
+
+    def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        action, buffer_action = super()._sample_action(*args, **kwargs)
+        if not np.isfinite(action).all():
+            # The environment would make something of it, and be blamed
+            raise FloatingPointError(
+                f"The policy's action became {action.tolist()} at step {self.num_timesteps}: training diverged and stopped, "
+                f"the environment has not seen it. {self._weights_backup.restore(self)}; try a smaller learning_rate or "
+                "scaled rewards, and look at action_noise if there is any."
+            )
+        return action, buffer_action
 
     # --- the update -------------------------------------------------------------------------------------------------------
 

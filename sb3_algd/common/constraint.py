@@ -34,9 +34,9 @@ def budget_per_unit_cost(horizon: int, cost_gamma: float) -> float:
     :return: The factor that turns a cost per episode into a discounted cost-to-go.
     """
     if horizon < 1 or horizon != int(horizon):
-        raise ValueError(f"The episode length must be a whole number of steps, at least 1, got {horizon}.")
+        raise ValueError(f"`episode_length` must be a whole number of steps, at least 1, got {horizon!r}.")
     if not 0.0 < cost_gamma <= 1.0:
-        raise ValueError(f"cost_gamma must be in (0, 1], got {cost_gamma}.")
+        raise ValueError(f"`cost_gamma` must be a number in (0, 1], got {cost_gamma!r}.")
     if cost_gamma == 1.0:
         return 1.0
     return (1.0 - cost_gamma**horizon) / ((1.0 - cost_gamma) * horizon)
@@ -55,10 +55,12 @@ def check_cost_limit(cost_limit: object) -> np.ndarray:
     except (TypeError, ValueError):
         limits = np.empty(0)
     if limits.ndim != 1 or limits.size == 0:
-        raise ValueError(f"cost_limit must be a number or a flat sequence with one number per constraint, got {cost_limit!r}.")
+        raise ValueError(
+            f"`cost_limit` must be a number or a flat sequence with one number per constraint, got {cost_limit!r}."
+        )
     if not np.all(np.isfinite(limits)) or np.any(limits < 0):
         raise ValueError(
-            f"cost_limit must be finite and >= 0, got {cost_limit!r}: it is the cost allowed per episode "
+            f"`cost_limit` must be finite and >= 0, got {cost_limit!r}: it is the cost allowed per episode "
             "(use 0 to forbid any cost, or a very large number to leave a cost unconstrained)."
         )
     # Set as a whole only: the budget would not follow a change of one number
@@ -177,6 +179,41 @@ def warn_of_changes(declared: dict[str, list[Any]], before: dict[str, list[Any]]
                 f"To go by the environment's, save the model and load it with {argument}=...: "
                 f"load(path, env=env, {argument}={new[0] if len(new) == 1 else new})."
             )
+
+
+class HorizonCheck:
+    """Compares an assumed horizon with the lengths of the episodes that the environment cuts off."""
+
+    #: Episodes of the same length before a warning
+    N_EPISODES = 3
+
+    def __init__(self) -> None:
+        self._lengths: list[int] = []
+
+    def update(self, infos: list[dict[str, Any]], horizon: int, cost_gamma: float) -> bool:
+        """
+        Look at one step of all environments, and warn where the horizon is another one than the episodes'.
+
+        :param infos: Of the environments, in which a ``Monitor`` notes the lengths of episodes that ended.
+        :param horizon: The horizon that the budget is computed with.
+        :param cost_gamma: Discount factor of costs.
+        :return: Whether there is nothing more to look for.
+        """
+        ended = [info for info in infos if "episode" in info]
+        self._lengths += [int(info["episode"]["l"]) for info in ended if info.get("TimeLimit.truncated")]
+        if any(not info.get("TimeLimit.truncated") for info in ended) or len(set(self._lengths)) > 1:
+            # They have no common length
+            return True
+        if len(self._lengths) < self.N_EPISODES:
+            return False
+        length = self._lengths[0]
+        if length != horizon:
+            ratio = budget_per_unit_cost(horizon, cost_gamma) / budget_per_unit_cost(length, cost_gamma)
+            warn_user(
+                f"The environment ends its episodes after {length} steps, but a horizon of {horizon} steps is assumed: the "
+                f"budget of the cost critics is {ratio:.2g} times what the cost limit allows. Give episode_length={length}."
+            )
+        return True
 
 
 class ConstraintSetting:

@@ -12,13 +12,14 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_algd.common.arguments import CheckedAlgorithm
 from sb3_algd.common.buffers import CostNStepReplayBuffer, CostStorage, cost_buffer_class
 from sb3_algd.common.constraint import (
     ConstraintSetting,
+    HorizonCheck,
     budget_per_unit_cost,
     declared_constraint,
     settle_cost_limit,
@@ -32,7 +33,7 @@ from sb3_algd.common.memory import SWITCH, keep_freed_memory
 SelfCostAware = TypeVar("SelfCostAware", bound="CostAwareAlgorithm")
 
 
-class CostAwareAlgorithm(OffPolicyAlgorithm):
+class CostAwareAlgorithm(CheckedAlgorithm):
     """
     An off-policy algorithm that knows what its episodes cost and what they may cost.
 
@@ -84,6 +85,8 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         self._steps_without_episode = 0
         self._warned_of_no_cost = False
         self._warned_of_no_episode = False
+        #: While the horizon is not the user's
+        self._horizon_check: HorizonCheck | None = None
         self._normalization_backup = NormalizationBackup(None)
 
     # --- the constraint ---------------------------------------------------------------------------------------------------
@@ -109,6 +112,10 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
                 f"cost_limit has {len(limits)} value(s), {limits.tolist()}, but the model was trained with {before} "
                 "constraint(s), which its cost critics are made for: give one limit per constraint, or train a new model."
             )
+        if self.episode_length != self._settled.get("episode_length", self.episode_length):
+            self._horizon_check = None
+        elif self.episode_length is None and not discounted:
+            self._horizon_check = HorizonCheck()
         episode_length = settle_episode_length(self.episode_length, self.env, warn=not discounted)
         # Computed in any case: it also checks horizon and discount factor
         factor = budget_per_unit_cost(episode_length, self.cost_gamma)
@@ -309,6 +316,9 @@ class CostAwareAlgorithm(OffPolicyAlgorithm):
         if dones.any():
             self._check_reset_observation(new_obs)
             self._warn_no_cost()
+            check = self._horizon_check
+            if check is not None and check.update(infos, self.episode_length, self.cost_gamma):
+                self._horizon_check = None
 
     def _warn_no_cost(self) -> None:
         """Warn once if the environment should have reported a cost by now."""

@@ -20,9 +20,22 @@ def read_cost(info: dict[str, Any], cost_key: CostKey) -> np.ndarray | None:
     :param info: The environment's ``info``.
     :param cost_key: Key of ``info``, or a function of it.
     :return: float32 array of shape (n_costs,), None if the environment reports no cost.
+    :raises ValueError: If the cost is no number and no sequence of numbers.
     """
     cost = cost_key(info) if callable(cost_key) else info.get(cost_key)
-    return None if cost is None else np.asarray(cost, dtype=np.float32).reshape(-1)
+    if cost is None:
+        return None
+    try:
+        array = np.asarray(cost)
+        # NumPy would read numbers in texts
+        if array.dtype.kind not in "US":
+            return array.astype(np.float32).reshape(-1)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"The environment reported a cost that is no number and no sequence of numbers: {cost!r}. Nothing of it was stored; "
+        f"the model can still be saved. Fix the environment's cost, or give cost_key=<function of info> (it is {cost_key!r})."
+    )
 
 
 def read_costs(infos: Sequence[dict[str, Any]], cost_key: CostKey, n_constraints: int) -> tuple[np.ndarray, bool]:

@@ -6,7 +6,7 @@ Shapes: ``n_c`` is the number of constraints, ``E`` the number of cost critics, 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
@@ -110,22 +110,32 @@ class LagrangeMultiplier(nn.Module):
         space: Literal["log", "projected"] = "projected",
     ) -> None:
         super().__init__()
-        if space not in ("log", "projected"):
-            raise ValueError(f"The space of the multiplier must be 'log' or 'projected', got {space!r}.")
         start = per_constraint("init_value", init_value, n_constraints)
-        if not np.isfinite(max_value) or max_value <= 0.0 or start.max() > max_value:
-            raise ValueError(
-                "The multiplier must start between 0 and its (finite, positive) maximum, "
-                f"got an initial value of {init_value} and a maximum of {max_value}."
-            )
+        if start.max() > max_value:
+            raise ValueError(f"`init_value` must be at most `max_value`, {max_value:g}, got {init_value!r}.")
         if space == "log" and start.min() == 0.0:
-            raise ValueError(
-                "In log space the multiplier cannot start at 0: use a small positive value, or the projected space."
-            )
+            raise ValueError(f"`init_value` must be > 0 in log space, got {init_value!r}: or use the projected space.")
         self.space = space
         self.max_value = max_value
         self.parameter = nn.Parameter(th.as_tensor(np.log(start) if space == "log" else start, dtype=th.float32))
+        #: Kept with the parameter, which means nothing without it
+        self.register_buffer("in_log_space", th.tensor(float(space == "log")))
         self.optimizer = th.optim.Adam([self.parameter], lr=learning_rate)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Version 0.1.0 has saved the parameter alone
+        in_log_space = bool(state_dict.setdefault(f"{prefix}in_log_space", th.tensor(float(self.space == "log"))))
+        if in_log_space != (self.space == "log"):
+            saved_space = "log" if in_log_space else "projected"
+            raise ValueError(
+                f"`space` must be {saved_space!r}, as the multiplier was saved, got {self.space!r} (see multiplier_kwargs)."
+            )
+        saved = state_dict[f"{prefix}parameter"]
+        highest = float((saved.exp() if in_log_space else saved).max())
+        # The exponential of the bound's logarithm may be a little more than the bound
+        if highest > self.max_value * (1 + 1e-5):
+            raise ValueError(f"`max_value` must be at least {highest:g}, the saved multiplier, got {self.max_value:g}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def value(self) -> th.Tensor:
@@ -168,5 +178,7 @@ def per_constraint(name: str, value: PerConstraint, n_constraints: int) -> np.nd
     except (TypeError, ValueError):
         numbers = np.full(n_constraints, np.nan)
     if not np.isfinite(numbers).all() or numbers.min() < 0.0:
-        raise ValueError(f"{name} must be finite and >= 0, one number or {n_constraints} (one per constraint), got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be finite and >= 0, one number or {n_constraints} (one per constraint), got {value!r}."
+        )
     return numbers

@@ -52,8 +52,11 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
         return
     for name in ("multiplier_kwargs", "score_kwargs"):
         saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
+        given = attributes.get(name) or {}
+        if given.get("space", saved.get("space")) != saved.get("space"):
+            raise ValueError(f"`space` must be {saved['space']!r}, as the multiplier was saved, got {given['space']!r}.")
         # What was given to load() comes first
-        attributes[name] = {**saved, **(attributes.get(name) or {})}
+        attributes[name] = {**saved, **given}
     actor_learning_rate = attributes.pop("policy_learning_rate")
     if attributes["actor_learning_rate"] is None:
         attributes["actor_learning_rate"] = actor_learning_rate

@@ -213,18 +213,6 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         self._learns_ent_coef = isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto")
-        try:
-            coef = self._initial_ent_coef()
-        except (TypeError, ValueError):
-            coef = np.nan
-        if not 0.0 <= coef < np.inf or (self._learns_ent_coef and coef == 0.0):
-            raise ValueError(f"ent_coef must be a number >= 0, 'auto' or 'auto_<number > 0>', got {self.ent_coef!r}.")
-        try:
-            finite = self.target_entropy == "auto" or np.isfinite(float(self.target_entropy))
-        except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            raise ValueError(f"target_entropy must be a finite number or 'auto', got {self.target_entropy!r}.")
 
     def _initial_ent_coef(self) -> float:
         if self.ent_coef == "auto":

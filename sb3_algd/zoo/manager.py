@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -69,6 +70,20 @@ class CostExperimentManager(ExperimentManager):
             # The policy whose cost is limited is the stochastic one: it may exceed the limit where its mean actions do not
             self.deterministic_eval = False
         self._costs_reported = False
+        #: Whether training or tuning has begun
+        self.started = False
+        #: The folder of results, if this run has made it
+        self.made_folder: str | None = None
+
+    def create_log_folder(self) -> None:
+        """Create the folder of results."""
+        self.made_folder = None if os.path.exists(self.save_path) else self.save_path
+        super().create_log_folder()
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """:param model: The model to train."""
+        self.started = True
+        super().learn(model)
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """:return: Hyperparameters, and those that are saved with the run"""
@@ -169,6 +184,7 @@ class CostExperimentManager(ExperimentManager):
 
     def hyperparameters_optimization(self) -> None:
         """Search for the hyperparameters with the highest return within the limit, and report all trials."""
+        self.started = True
         if not self.is_constrained:
             return super().hyperparameters_optimization()
         studies: list[optuna.Study] = []

@@ -4,20 +4,58 @@ The Zoo's ``train``: train an agent on a task, or tune its hyperparameters with 
     python -m sb3_algd.zoo train --env Safexp-PointButton1-v0
 """
 
+import shutil
+from typing import Any
 from unittest.mock import patch
 
+import gymnasium as gym
 import rl_zoo3.train
 
+from sb3_algd.train import refuse_device
 from sb3_algd.zoo import ALGO
-from sb3_algd.zoo.commandline import default_option
+from sb3_algd.zoo.commandline import default_option, given_options
 from sb3_algd.zoo.manager import CostExperimentManager
+
+# What a mistake on the command line leads to, before training starts
+_MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    gym.error.Error,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 def train() -> None:
-    """Run the Zoo's command with our default algorithm, hyperparameters and costs."""
+    """
+    Run the Zoo's command with our default algorithm, hyperparameters and costs.
+
+    :raises SystemExit: If training cannot start, with the reason in one line; nothing is left behind
+    """
     default_option("--algo", ALGO)
-    with patch.object(rl_zoo3.train, "ExperimentManager", CostExperimentManager):
-        rl_zoo3.train.train()
+    refuse_device(given_options().device)
+    managers: list[CostExperimentManager] = []
+
+    def make_manager(*args: Any, **kwargs: Any) -> CostExperimentManager:
+        managers.append(CostExperimentManager(*args, **kwargs))
+        return managers[-1]
+
+    with patch.object(rl_zoo3.train, "ExperimentManager", make_manager):
+        try:
+            rl_zoo3.train.train()
+        except _MISTAKES as error:
+            if any(manager.started for manager in managers):
+                raise
+            for manager in managers:
+                if manager.made_folder is not None:
+                    shutil.rmtree(manager.made_folder, ignore_errors=True)
+            raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":
