@@ -104,7 +104,7 @@ setup(
     # What users want to find and edit is at the top of the repository; installed, it is part of the package
     package_dir=DATA,
     package_data={"sb3_algd": ["py.typed"], **{package: ["**/*"] for package in DATA}},
-    entry_points={"console_scripts": ["sb3-algd = sb3_algd.zoo.__main__:main"]},
+    entry_points={"console_scripts": ["sb3-algd = sb3_algd.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
         "stable-baselines3>=2.9,<3",
