@@ -16,9 +16,9 @@ REPOSITORY = "".join(
 )
 
 SAFETY = [
-    # What safety-gymnasium needs at import through our adapter. The package itself is missing on purpose: its only release pins
-    # gymnasium==0.28.1, mujoco==2.3.3 and pygame==2.1.0, which no resolver can install beside Stable-Baselines3 2.9. It works
-    # when it is installed alone, `pip install --no-deps safety-gymnasium==1.0.0`.
+    # What safety-gymnasium needs at import through our adapter. The package itself is missing on purpose: its only release
+    # pins gymnasium==0.28.1, mujoco==2.3.3 and pygame==2.1.0, which no resolver can install beside Stable-Baselines3 2.9.
+    # It works when it is installed alone, `pip install --no-deps safety-gymnasium==1.0.0`.
     # Before 1.1.1 a Dict space sorts its keys, and observations had another order
     "gymnasium[mujoco]>=1.1.1,<2",
     # Tested with 3.1.0, 3.17.0 and 4.0.0

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-(release,) = re.findall(r'^__version__ = "(.+)"', (ROOT / "sb3_algd" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+(release,) = re.findall(
+    r'^__version__ = "(.+)"', (ROOT / "sb3_algd" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
 version = release
 project = "sb3_algd"
 author = "sb3_algd contributors"

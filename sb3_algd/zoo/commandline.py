@@ -30,6 +30,7 @@ def given_options() -> argparse.Namespace:
     parser.add_argument("--algo", default=ALGO)
     parser.add_argument("-f", "--folder")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--eval-freq", type=int)
     return parser.parse_known_args()[0]
 
 
