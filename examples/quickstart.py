@@ -15,6 +15,7 @@ def main(steps: int = 1_000) -> None:
         batch_size=64,
         gamma=0.5,
         cost_gamma=0.5,
+        learning_starts=200,
         seed=0,
     )
     model.learn(total_timesteps=steps)

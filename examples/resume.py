@@ -9,6 +9,7 @@ from sb3_algd.common.recorder import make_envs
 
 def main(steps: int = 2_000) -> None:
     """:param steps: Environment steps."""
+
     def checkpoints() -> ResumableCheckpointCallback:
         return ResumableCheckpointCallback(steps // 2, "checkpoint")
 

@@ -274,9 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Training {name} on {args.env}: {args.steps} steps or {args.minutes:g} minutes, whichever comes first")
     model = train_as_asked(args, folder)
     curve = read_curve(folder / "learning_curve.csv")
-    described = f"{name} ({args.diffusion})" if args.algo == "algd" else name
+    described = f"{name} ({args.diffusion.upper()})" if args.algo == "algd" else name
     title = f"{described} on {args.env}, seed {args.seed}"
-    plot_learning_curves({name: [curve]}, folder / "learning_curve.png", title, np.asarray(model.cost_limit).item())
+    limit = np.asarray(model.cost_limit).item()
+    plot_learning_curves({described: [curve]}, folder / "learning_curve.png", title, limit, bool(model.cost_limit_discounted))
     report(model, args.env, args.seed, folder / BEST)
     print(
         f"\nAll in {(time.monotonic() - started) / 60:.1f} minutes. Left in {folder}: model.zip, best_model.zip,"

@@ -152,7 +152,7 @@ def test_plots(algo: str, logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     main("plot_costs", *algos, "-e", ENV, "-f", logs, "-o", "costs.png")
     assert "Drawn from 1 run(s)" in capsys.readouterr().out
     assert Path("costs.png").stat().st_size > 10_000
-    assert plot_costs.read_cost_limit(logs / algo / f"{ENV}_1") == 64
+    assert plot_costs.read_cost_limit(logs / algo / f"{ENV}_1") == (64, False)
     with pytest.raises(SystemExit, match=f"No evaluated run .*{algo}"):
         main("plot_costs", *algos, "-e", "Safexp-PointPush1-v0", "-f", logs)
 
