@@ -3,7 +3,7 @@
 from sb3_algd import ALGD, evaluate_policy
 
 
-def main(steps: int = 1_000) -> None:
+def main(steps: int = 800) -> None:
     """:param steps: Environment steps."""
     model = ALGD(
         "DiffusionPolicy",

@@ -137,6 +137,14 @@ def _check_number(labels: Iterable[str]) -> None:
         raise ValueError(f"{n_curves} curves in one figure cannot be told apart: draw {MAX_CURVES} at most.")
 
 
+def _seeds(runs: Mapping[str, Sequence[Any]]) -> str:
+    """How many seeds there are, for the title."""
+    numbers = sorted({len(seeds) for seeds in runs.values()})
+    if numbers == [1]:
+        return ", 1 seed"
+    return f", {numbers[0]} seeds" if len(numbers) == 1 else f", {numbers[0]} to {numbers[-1]} seeds"
+
+
 def _title(axes: "Axes", title: str) -> None:
     """Title and legend over a panel, where they hide nothing."""
     labels = axes.get_legend_handles_labels()[1]
@@ -192,7 +200,7 @@ def plot_learning_curves(
         below.set_ylim(bottom=0)
         below.set_xlabel("environment steps")
         below.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-        _title(above, title)
+        _title(above, title if alone else f"{title}{_seeds(curves)}")
         figure.savefig(path, dpi=150)
 
 
@@ -223,7 +231,6 @@ def plot_return_against_cost(
         for index, (name, points) in enumerate(runs.items()):
             returns, costs = np.asarray(points, dtype=float).T
             label = label_of(name)
-            n_seeds = f"{len(points)} seed{'s' * (len(points) > 1)}"
             axes.plot(
                 costs,
                 returns,
@@ -232,7 +239,7 @@ def plot_return_against_cost(
                 markersize=8,
                 markeredgecolor="white",
                 color=colors[label],
-                label=f"{label} ({n_seeds})",
+                label=label,
             )
         axes.set_xlabel(f"{'discounted ' if discounted else ''}cost per episode")
         axes.set_ylabel("return per episode")
@@ -250,7 +257,7 @@ def plot_return_against_cost(
                 fontsize=9,
                 fontweight="bold",
             )
-        _title(axes, title)
+        _title(axes, f"{title}{_seeds(runs)}")
         figure.savefig(path, dpi=150)
 
 
@@ -266,7 +273,6 @@ def _draw_one(axes: "Axes", curve: Curve, quantity: str, color: str) -> None:
 
 def _draw_seeds(axes: "Axes", curves: Sequence[Curve], quantity: str, color: str, line: str, label: str) -> None:
     steps, mean, (low, high) = mean_curve(curves, f"{quantity}_mean")
-    label = f"{label} ({len(curves)} seed{'s' * (len(curves) > 1)})"
     axes.plot(steps, mean, color=color, linewidth=2.0, linestyle=line, label=label)
     axes.fill_between(steps, low, high, color=color, alpha=0.13, linewidth=0)
 

@@ -89,7 +89,7 @@ def test_mean_interval_and_limit_are_drawn(tmp_path: Path, drawn: list[Figure]) 
     assert [10.123, 10.123] in [np.asarray(line.get_ydata()).tolist() for line in below.get_lines()]
     assert [text.get_text() for text in below.texts] == ["limit\n10.1"]
     assert not above.texts
-    assert above.get_title(loc="left") == "title"
+    assert above.get_title(loc="left") == "title, 1 to 2 seeds"
     assert imread(path).std() > 0.05
 
 
@@ -98,8 +98,8 @@ def test_an_algorithm_has_its_name_and_color_in_every_figure(tmp_path: Path, dra
     plot_learning_curves({"algd-ve": one, "sac-lagrangian": two}, tmp_path / "both.png")
     plot_learning_curves({"new": one, "newer": one, "sac-lagrangian": two}, tmp_path / "few.png")
     both, few = ({line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in drawn)
-    assert list(both) == ["ALGD (VE) (1 seed)", "SAC-Lagrangian (1 seed)"]
-    assert both["SAC-Lagrangian (1 seed)"] == few["SAC-Lagrangian (1 seed)"]
+    assert list(both) == ["ALGD (VE)", "SAC-Lagrangian"]
+    assert both["SAC-Lagrangian"] == few["SAC-Lagrangian"]
     assert len(set(few.values())) == 3
 
 
