@@ -7,13 +7,16 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := sb3_algd benchmarks tests setup.py
+SOURCES := sb3_algd benchmarks examples tests docs/conf.py setup.py
 
-.PHONY: help install train pytest benchmark type lint format check-codestyle commit-checks clean
+.PHONY: help install train pytest doc package wheel-test benchmark type lint format check-codestyle commit-checks clean
 
 help:
 	@echo "make train            train ALGD on a safety task (10 minutes), leaves model, CSV and figure in runs/"
 	@echo "make pytest           run the tests"
+	@echo "make doc              build the documentation site in docs/_build/html"
+	@echo "make package          build wheel and source distribution in dist/ and check them"
+	@echo "make wheel-test       install the wheel in a fresh environment outside this folder and use it as a user does"
 	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (10 minutes)"
 	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
 	@echo "make type lint check-codestyle format commit-checks"
@@ -27,7 +30,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 		echo "Name another one: make install PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 		echo "Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[safety,zoo,tests]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[all]"
 # Without its dependencies, because the versions that it pins fit nothing else (see setup.py).
 	$(BIN)/python -m pip install --quiet --no-deps safety-gymnasium==1.0.0
 	@touch $@
@@ -39,6 +42,18 @@ train: install
 # One thread per worker: the networks are small, and workers that share cores only slow each other down.
 pytest: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov $(ARGS)
+
+# Warnings are errors
+doc: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+package: install
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+wheel-test: package
+	PYTHON=$(PYTHON) CONSTRAINTS=$(abspath $(CONSTRAINTS)) bash .ci/wheel-test dist/*.whl
 
 benchmark: install
 	$(BIN)/python -m benchmarks.speed $(ARGS)
@@ -60,4 +75,4 @@ check-codestyle: install
 commit-checks: format type lint
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*
+	rm -rf build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*

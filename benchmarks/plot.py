@@ -31,7 +31,7 @@ from scipy.stats import bootstrap, trim_mean  # type: ignore[import-untyped]
 import sb3_algd.envs  # noqa: F401  registers the tasks
 from benchmarks.calibration import FILE, read_lines
 from benchmarks.settings import ALGORITHMS, RESULTS
-from sb3_algd.plotting import Curve, plot_learning_curves, read_curve
+from sb3_algd.plotting import MAX_CURVES, Curve, plot_learning_curves, plot_return_against_cost, read_curve
 
 #: The curves of one algorithm's runs, by their seeds in ascending order
 Runs = dict[int, Curve]
@@ -39,6 +39,10 @@ Runs = dict[int, Curve]
 #: Share of the evaluations, the last ones, that the statistics are over
 LAST = 0.25
 N_RESAMPLES = 10_000
+#: Of each figure one for screens and one for print
+FORMATS = ("png", "svg")
+#: In the tables only, where a figure would have too many curves
+LEFT_OUT = ("algd-ve-plain",)
 #: How the names of the navigation tasks begin, whose episodes never end early
 NAVIGATION = ("Safexp-", "SafetyPoint", "SafetyCar")
 STATISTICS = (
@@ -269,16 +273,31 @@ def draw(task: str, algorithms: dict[str, Runs], settings: dict[str, dict[str, A
     :param settings: Their settings.
     :param out: The folder of the figures.
     """
+    discounted = bool(gym.make(task).get_wrapper_attr("cost_limit_discounted"))
     for kind, names in kinds(algorithms).items():
         if kind == "experiments":
             # A single run among averages says little and hides much; it is in the tables
             names = [name for name in names if len(algorithms[name]) > 1] or names
-        # Experiments may differ in their limit; then no single line can be drawn
-        limits = {settings[name]["cost_limit"] for name in names}
-        curves = {name: list(algorithms[name].values()) for name in names}
-        limit = limits.pop() if len(limits) == 1 else None
-        family, suffix = (ALGORITHMS, "") if kind == "algorithms" else ((), "-experiments")
-        plot_learning_curves(curves, out / f"{task}{suffix}.png", task, limit, family)
+        elif len(names) > MAX_CURVES:
+            names = [name for name in names if name not in LEFT_OUT]
+        parts = [names[start : start + MAX_CURVES] for start in range(0, len(names), MAX_CURVES)]
+        for number, part in enumerate(parts, start=1):
+            suffix = "" if kind == "algorithms" else "-experiments" if number == 1 else f"-experiments-{number}"
+            # Experiments may differ in their limit; then no single line can be drawn
+            limits = {settings[name]["cost_limit"] for name in part} - ({None} if kind == "algorithms" else set())
+            limit = limits.pop() if len(limits) == 1 else None
+            curves = {name: list(algorithms[name].values()) for name in part}
+            points = {name: ends_of_runs(algorithms[name]) for name in part}
+            for ending in FORMATS:
+                plot_learning_curves(curves, out / f"{task}{suffix}.{ending}", task, limit, discounted)
+                if kind == "algorithms":
+                    plot_return_against_cost(points, out / f"{task}-plane.{ending}", task, limit, discounted)
+
+
+def ends_of_runs(runs: Runs) -> list[tuple[float, float]]:
+    """:param runs: The runs of one algorithm. :return: Return and cost of each, means over the last quarter of evaluations."""
+    means = [last_quarter(runs, column).mean(axis=1).tolist() for column in ("return_mean", "cost_mean")]
+    return list(zip(*means, strict=True))
 
 
 def fill_page(page: Path, tables: dict[str, str]) -> None:

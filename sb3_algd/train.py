@@ -24,17 +24,20 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import get_latest_run_id
 
-from sb3_algd import ALGD, SACLag, evaluate_policy
+from sb3_algd import ALGD, SACLag
 from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
 from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
 from sb3_algd.common.checkpoint_files import MANIFEST, read_manifest
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
+from sb3_algd.common.evaluation import describe_evaluation
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
 
 # The networks are small: more threads than this wait for each other longer than they compute
 MAX_THREADS = 4
 N_FINAL_EPISODES = 20
+#: File of the best feasible model
+BEST = "best_model.zip"
 #: Class and policy of each algorithm
 ALGORITHMS: dict[str, tuple[type[CostAwareAlgorithm], str]] = {
     "algd": (ALGD, "DiffusionPolicy"),
@@ -222,6 +225,12 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
     if args.algo == "algd":
         # The DDPM type soon is nearly deterministic: with 100 random steps it can get stuck before it has seen anything
         kwargs = {"policy_kwargs": {"diffusion": args.diffusion}, "learning_starts": 2000 if args.diffusion == "ddpm" else 100}
+    keep_best = BestFeasible(folder / BEST)
+
+    def on_row(model: BaseAlgorithm, row: Row) -> None:
+        print(describe(row), flush=True)
+        keep_best(model, row)
+
     model = train(
         model_class,
         policy,
@@ -233,7 +242,7 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
         device=args.device,
         eval_every=args.eval_every,
         n_episodes=5,
-        on_row=lambda model, row: print(describe(row), flush=True),
+        on_row=on_row,
         minutes=args.minutes,
         model_path=folder / "model.zip",
         progress_bar=True,
@@ -243,24 +252,46 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
     return model
 
 
-def report(model: CostAwareAlgorithm, env_id: str, seed: int) -> None:
+class BestFeasible:
     """
-    Print return and cost of the trained model beside its limit.
+    Keeps the model of the evaluation with the highest return within the limit.
+
+    :param path: The file of the model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best_return = -np.inf
+
+    def __call__(self, model: BaseAlgorithm, row: Row) -> None:
+        """:param model: The model. :param row: Its evaluation."""
+        assert isinstance(model, CostAwareAlgorithm)
+        if row["cost_mean"] <= np.asarray(model.cost_limit).item() and row["return_mean"] > self.best_return:
+            self.best_return = row["return_mean"]
+            model.save(self.path)
+
+
+def report(model: CostAwareAlgorithm, env_id: str, seed: int, best: Path) -> None:
+    """
+    Print return and cost of the trained model, and of the best feasible one, beside the limit.
 
     :param model: The model.
     :param env_id: The task.
     :param seed: Seed of the run.
+    :param best: File of the best feasible model, which may be missing.
     """
-    limit = np.asarray(model.cost_limit).item()
-    unit = "discounted cost" if model.cost_limit_discounted else "cost"
-    print(f"\n{'':32}{'return':>16}{unit:>18}   limit {limit:g}")
-    for deterministic, n_episodes in ((False, N_FINAL_EPISODES), (True, 1)):
-        env = make_envs(env_id, n_episodes, seed=evaluation_seed(seed))
-        mean_return, std_return, mean_cost, std_cost = evaluate_policy(model, env, n_episodes, deterministic, warn=False)
-        env.close()
-        name = f"{n_episodes} {'deterministic' if deterministic else 'stochastic'} episode{'s' * (n_episodes > 1)}"
-        verdict = "within the limit" if mean_cost <= limit else "OVER the limit"
-        print(f"{name:32}{mean_return:8.2f} ± {std_return:5.2f}{mean_cost:10.2f} ± {std_cost:5.2f}   {verdict}")
+    models = {"Last model": (model, (False, True))}
+    if best.is_file():
+        models["Best feasible model"] = (type(model).load(best, buffer_size=1), (False,))
+    print()
+    for name, (candidate, kinds) in models.items():
+        for deterministic in kinds:
+            n_episodes = 1 if deterministic else N_FINAL_EPISODES
+            env = make_envs(env_id, n_episodes, seed=evaluation_seed(seed))
+            print(describe_evaluation(name, candidate, env, n_episodes, deterministic))
+            env.close()
+    if not best.is_file():
+        print("No evaluation was within the limit")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -287,12 +318,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with contextlib.suppress(OSError):
             folder.rmdir()
     curve = read_curve(folder / "learning_curve.csv")
-    described = f"{name} ({args.diffusion})" if args.algo == "algd" else name
+    described = f"{name} ({args.diffusion.upper()})" if args.algo == "algd" else name
     title = f"{described} on {args.env}, seed {args.seed}"
-    plot_learning_curves({name: [curve]}, folder / "learning_curve.png", title, np.asarray(model.cost_limit).item())
-    report(model, args.env, args.seed)
+    limit = np.asarray(model.cost_limit).item()
+    plot_learning_curves({described: [curve]}, folder / "learning_curve.png", title, limit, bool(model.cost_limit_discounted))
+    report(model, args.env, args.seed, folder / BEST)
     print(
-        f"\nAll in {(time.monotonic() - started) / 60:.1f} minutes. Left in {folder}: model.zip, learning_curve.csv and .png"
+        f"\nAll in {(time.monotonic() - started) / 60:.1f} minutes. Left in {folder}: model.zip, best_model.zip,"
+        " learning_curve.csv and .png"
     )
 
 

@@ -341,10 +341,13 @@ def test_a_page_that_is_refused_changes_nothing(small_results: Path) -> None:
     assert not (small_results / "img").exists()
 
 
-def test_the_tables_of_the_page_are_those_of_the_committed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["results.md", "results-appendix.md"])
+def test_the_tables_of_a_page_are_those_of_the_committed_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plot, "draw", lambda *args: None)
-    published = (ROOT / "docs" / "results.md").read_text()
-    page = tmp_path / "results.md"
+    published = (ROOT / "docs" / name).read_text()
+    page = tmp_path / name
     page.write_text(published)
     plot.main(["--out", str(tmp_path), "--page", str(page)])
     assert page.read_text() == published

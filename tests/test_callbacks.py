@@ -15,7 +15,12 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_algd import ALGD
-from sb3_algd.common.callbacks import CostEvalCallback, StopTrainingOnTimeLimit
+from sb3_algd.common.callbacks import (
+    CostEvalCallback,
+    CostProgressBarCallback,
+    RemainingTimeCallback,
+    StopTrainingOnTimeLimit,
+)
 
 Outcome = tuple[float, float | list[float]]
 
@@ -234,3 +239,44 @@ def test_time_limit_starts_again_with_each_learn() -> None:
     model.learn(3, callback=callback, reset_num_timesteps=False)
     assert model.num_timesteps == 6
     assert callback._started > first_start
+
+
+def test_what_an_evaluation_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(cost_limit=10.0)
+    outcomes = [(50.0, 20.0), (60.0, 30.0), (1.0, 5.0), (40.0, 11.0)]
+    callback = CostEvalCallback(Monitor(ScriptedEnv(outcomes)), n_eval_episodes=1, eval_freq=1, verbose=1, warn=False)
+    model.learn(len(outcomes), callback=callback)
+    told = [line for line in capsys.readouterr().out.splitlines() if "valuation" in line or "best" in line]
+    assert told == [
+        "Evaluation at step 1: return 50.00, cost 20.00 +/- 0.00, limit 10: OVER the limit",
+        "New best model: none was within the limit so far, and this one exceeds it least",
+        "Evaluation at step 2: return 60.00, cost 30.00 +/- 0.00, limit 10: OVER the limit",
+        "Evaluation at step 3: return 1.00, cost 5.00 +/- 0.00, limit 10: within the limit",
+        "New best feasible model",
+        "Evaluation at step 4: return 40.00, cost 11.00 +/- 0.00, limit 10: OVER the limit",
+    ]
+    assert callback.verbose == 1
+
+
+def test_the_remaining_time_is_told_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 1000, 90))
+    monkeypatch.setattr("sb3_algd.common.callbacks.time.monotonic", lambda: next(seconds))
+    model = make_model()
+    model.learning_starts = 4
+    model.batch_size = 4
+    model.learn(40, callback=RemainingTimeCallback(10))
+    told = [line for line in capsys.readouterr().out.splitlines() if "remaining" in line]
+    assert told == ["10 steps with updates took 90 seconds. The remaining 25 steps will take about 3.8 minutes."]
+
+
+@pytest.mark.parametrize("given", [None, "callback", "list", "function"])
+def test_the_progress_bar_shows_costs(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(CostProgressBarCallback, "_on_training_end", lambda self: shown.append(self.pbar.desc))
+    other = StopTrainingOnTimeLimit(1000)
+    callback = {None: None, "callback": other, "list": [other], "function": lambda locals_, globals_: True}[given]
+    model = make_model().learn(120, callback=callback, progress_bar=True)
+    (line,) = shown
+    assert line.startswith("return ")
+    assert f"cost {np.mean(model.ep_cost_buffer):.2f}" in line
+    assert (other.n_calls == 120) == (given in ("callback", "list"))

@@ -9,7 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from sb3_algd.common.recorder import COLUMNS
-from sb3_algd.plotting import Curve, mean_curve, plot_learning_curves, read_curve
+from sb3_algd.plotting import (
+    Curve,
+    interquartile_mean,
+    mean_curve,
+    plot_learning_curves,
+    plot_return_against_cost,
+    read_curve,
+)
 
 
 def make_curve(steps: list[int], level: float) -> Curve:
@@ -55,35 +62,71 @@ def test_an_empty_curve_is_refused(tmp_path: Path) -> None:
 
 
 def test_mean_over_seeds_is_taken_where_all_were_evaluated() -> None:
-    steps, mean = mean_curve([make_curve([10, 20, 30], 1.0), make_curve([10, 30, 40], 3.0)], "cost_mean")
+    steps, mean, (low, high) = mean_curve([make_curve([10, 20, 30], 1.0), make_curve([10, 30, 40], 3.0)], "cost_mean")
     np.testing.assert_array_equal(steps, [10, 30])
     np.testing.assert_array_equal(mean, [2.0, 2.0])
+    np.testing.assert_array_equal(low, [1.0, 1.0])
+    np.testing.assert_array_equal(high, [3.0, 3.0])
 
 
-def test_every_seed_the_mean_and_the_limit_are_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_the_interquartile_mean_leaves_out_what_is_far_off() -> None:
+    assert interquartile_mean(np.array([[1.0], [2.0], [3.0], [100.0]])) == [2.5]
+    assert interquartile_mean(np.array([[1.0], [2.0], [9.0]])) == [4.0]
+
+
+def test_mean_interval_and_limit_are_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     path = tmp_path / "figure.png"
     curves = {"one": [make_curve([10, 20], 4.0), make_curve([10, 20], 6.0)], "two": [make_curve([10, 20], 30.0)]}
-    plot_learning_curves(curves, path, "title", cost_limit=10.0)
+    plot_learning_curves(curves, path, "title", cost_limit=10.123)
     above, below = drawn[0].axes
     for axes in (above, below):
         heights = [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
-        for height in (4.0, 6.0, 5.0, 30.0):
-            assert [height, height] in heights
+        assert [5.0, 5.0] in heights
+        assert [30.0, 30.0] in heights
+        band = axes.collections[0].get_paths()[0].vertices
+        assert (band[:, 1].min(), band[:, 1].max()) == (4.0, 6.0)
     # The limit only below, where the costs are
-    limits = [line for line in below.get_lines() if line.get_linestyle() == "--"]
-    np.testing.assert_array_equal(limits[0].get_ydata(), [10.0, 10.0])
-    assert not [line for line in above.get_lines() if line.get_linestyle() == "--"]
-    assert above.get_title(loc="left") == "title"
+    assert [10.123, 10.123] in [np.asarray(line.get_ydata()).tolist() for line in below.get_lines()]
+    assert [text.get_text() for text in below.texts] == ["limit\n10.1"]
+    assert not above.texts
+    assert above.get_title(loc="left") == "title, 1 to 2 seeds"
     assert imread(path).std() > 0.05
 
 
-def test_a_label_keeps_its_color_in_all_figures_of_a_family(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_an_algorithm_has_its_name_and_color_in_every_figure(tmp_path: Path, drawn: list[Figure]) -> None:
     one, two = [make_curve([10, 20], 1.0)], [make_curve([10, 20], 2.0)]
-    plot_learning_curves({"one": one, "two": two}, tmp_path / "both.png", family=["one", "two"])
-    plot_learning_curves({"two": two, "new": one}, tmp_path / "few.png", family=["one", "two"])
+    plot_learning_curves({"algd-ve": one, "sac-lagrangian": two}, tmp_path / "both.png")
+    plot_learning_curves({"new": one, "newer": one, "sac-lagrangian": two}, tmp_path / "few.png")
     both, few = ({line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in drawn)
-    assert both["two (1 seed)"] == few["two (1 seed)"]
-    assert len({both["one (1 seed)"], both["two (1 seed)"], few["new (1 seed)"]}) == 3
+    assert list(both) == ["ALGD (VE)", "SAC-Lagrangian"]
+    assert both["SAC-Lagrangian"] == few["SAC-Lagrangian"]
+    assert len(set(few.values())) == 3
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_runs_are_points_in_the_plane(ending: str, tmp_path: Path, drawn: list[Figure]) -> None:
+    path = tmp_path / f"plane.{ending}"
+    plot_return_against_cost({"algd": [(5.0, 1.0), (6.0, 2.0)], "sac": [(9.0, 30.0)]}, path, "title", 10.0, discounted=True)
+    (axes,) = drawn[0].axes
+    assert [point.get_xydata().tolist() for point in axes.get_lines()[:2]] == [[[1.0, 5.0], [2.0, 6.0]], [[30.0, 9.0]]]
+    assert np.asarray(axes.get_lines()[2].get_xdata()).tolist() == [10.0, 10.0]
+    assert axes.get_xlabel() == "discounted cost per episode"
+    assert path.stat().st_size > 1000
+
+
+def test_what_is_far_above_the_limit_is_cut_and_said(tmp_path: Path, drawn: list[Figure]) -> None:
+    for level in (20.0, 200.0):
+        plot_learning_curves({"one": [make_curve([10, 20], level)] * 2}, tmp_path / "figure.png", cost_limit=10.0)
+    titles = [figure.axes[1].get_title(loc="right") for figure in drawn]
+    assert titles[0] == ""
+    assert titles[1] == "cut at 40, 4 limits; the highest is 200"
+    assert drawn[1].axes[1].get_ylim() == (0.0, 40.0)
+
+
+def test_too_many_curves_are_refused(tmp_path: Path) -> None:
+    curves = {str(i): [make_curve([10, 20], 1.0)] for i in range(7)}
+    with pytest.raises(ValueError, match="draw 6 at most"):
+        plot_learning_curves(curves, tmp_path / "figure.png")
 
 
 def test_the_limit_is_visible_above_low_costs(tmp_path: Path, drawn: list[Figure]) -> None:

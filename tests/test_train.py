@@ -19,16 +19,28 @@ SHORT = ["--env", "TwoModes-v0", "--steps", "120", "--eval-every", "60"]
 def test_it_leaves_model_curve_and_picture_and_prints_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main([*SHORT, "--out", str(tmp_path)])
     folder = tmp_path / "TwoModes-v0_1"
-    assert sorted(path.name for path in folder.iterdir()) == ["learning_curve.csv", "learning_curve.png", "model.zip"]
+    left = {path.name for path in folder.iterdir()} - {train.BEST}
+    assert left == {"learning_curve.csv", "learning_curve.png", "model.zip"}
     assert read_curve(folder / "learning_curve.csv")["step"].tolist() == [60, 120]
     assert ALGD.load(folder / "model").num_timesteps == 120
     output = capsys.readouterr().out
-    assert "limit 64" in output
-    stochastic, deterministic = (line for line in output.splitlines() if line.endswith("the limit"))
-    for line, name in ((stochastic, "20 stochastic episodes"), (deterministic, "1 deterministic episode ")):
-        assert line.startswith(name)
-        cost = float(line.split("±")[1].split()[1])
-        assert line.endswith("within the limit" if cost <= 64 else "OVER the limit")
+    stochastic, deterministic = (line for line in output.splitlines() if line.startswith("Last model"))
+    for line, name in ((stochastic, "20 stochastic episodes"), (deterministic, "1 deterministic episode:")):
+        assert line.startswith(f"Last model, {name}")
+        cost = float(line.split(", cost ")[1].split()[0])
+        assert line.endswith(f"limit 64: {'within the limit' if cost <= 64 else 'OVER the limit'}")
+
+
+@pytest.mark.parametrize(("rows", "kept"), [([(1.0, 65.0)], None), ([(9.0, 65.0), (1.0, 64.0), (2.0, 3.0), (1.5, 0.0)], 2)])
+def test_the_best_feasible_model_is_kept(rows: list[tuple[float, float]], kept: int | None, tmp_path: Path) -> None:
+    model = ALGD("DiffusionPolicy", "TwoModes-v0", policy_kwargs={"net_arch": [4]}, buffer_size=10)
+    keep = train.BestFeasible(tmp_path / train.BEST)
+    for index, (mean_return, mean_cost) in enumerate(rows):
+        model.num_timesteps = index
+        keep(model, {"return_mean": mean_return, "cost_mean": mean_cost})
+    assert keep.path.is_file() == (kept is not None)
+    if kept is not None:
+        assert ALGD.load(keep.path).num_timesteps == kept
 
 
 def test_a_second_run_keeps_the_first(tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ import huggingface_hub
 import rl_zoo3
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-from sb3_algd import ALGD, SACLag
+from sb3_algd import ALGD, SACLag, cli
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.envs.catalogue import OWN, SPEED, STOCK, entries
 from sb3_algd.envs.wrappers import EpisodeCost
-from sb3_algd.zoo import CONFIGS, TRAINED_AGENTS, __main__, is_constrained, plot_costs, register
+from sb3_algd.zoo import CONFIGS, TRAINED_AGENTS, is_constrained, plot_costs, register
 from sb3_algd.zoo.commandline import agents_to_show
 from sb3_algd.zoo.manager import CostExperimentManager
 
@@ -50,7 +50,7 @@ def run(command: str, *options: object, cwd: Path) -> str:
 def main(*options: object) -> None:
     """Run a command in this process, with the command line that a user gives."""
     with patch.object(sys, "argv", ["sb3-algd", *map(str, options)]):
-        __main__.main()
+        cli.main()
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
@@ -152,7 +152,7 @@ def test_plots(algo: str, logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     main("plot_costs", *algos, "-e", ENV, "-f", logs, "-o", "costs.png")
     assert "Drawn from 1 run(s)" in capsys.readouterr().out
     assert Path("costs.png").stat().st_size > 10_000
-    assert plot_costs.read_cost_limit(logs / algo / f"{ENV}_1") == 64
+    assert plot_costs.read_cost_limit(logs / algo / f"{ENV}_1") == (64, False)
     with pytest.raises(SystemExit, match=f"No evaluated run .*{algo}"):
         main("plot_costs", *algos, "-e", "Safexp-PointPush1-v0", "-f", logs)
 
@@ -172,7 +172,7 @@ def test_algorithms_are_drawn_together(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_zoos_commands_get_our_default_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[list[str]] = []
-    monkeypatch.setattr(__main__.runpy, "run_module", lambda *args, **kwargs: lines.append([*args, *sys.argv[1:]]))
+    monkeypatch.setattr(cli.runpy, "run_module", lambda *args, **kwargs: lines.append([*args, *sys.argv[1:]]))
     main("load_from_hub", "--env", ENV)
     assert lines == [["rl_zoo3.load_from_hub", "--algo", "algd", "--env", ENV]]
 
@@ -264,8 +264,8 @@ def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> No
 def test_commands_are_told_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
     main()
     told = capsys.readouterr().out
-    assert all(command in told for command in __main__.COMMANDS)
-    with pytest.raises(SystemExit, match="choose one of train"):
+    assert all(command in told for command in cli.COMMANDS)
+    with pytest.raises(SystemExit, match="choose one of envs, train"):
         main("trian")
 
 

@@ -22,7 +22,7 @@ from sb3_algd.common.guards import check_finite
 class CostReplayBufferSamples(NamedTuple):
     """A batch of transitions with their costs; the first six fields are those of SB3's samples."""
 
-    #: (batch, *obs_shape), or a dictionary of such tensors
+    #: ``(batch, *obs_shape)``, or a dictionary of such tensors
     observations: th.Tensor | TensorDict
     #: (batch, action_dim), in [-1, 1]
     actions: th.Tensor

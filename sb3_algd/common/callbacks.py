@@ -1,11 +1,13 @@
-"""Callbacks: evaluation with costs, and a limit in wall-clock time."""
+"""Callbacks: evaluation with costs, a progress bar with costs, the remaining time, and a limit in wall-clock time."""
 
 import time
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.common.evaluation import CostCounter, cost_discount
@@ -31,6 +33,7 @@ class CostEvalCallback(EvalCallback):
 
     - ``eval/mean_ep_cost`` is logged, in the unit of the model's limit (a discounted sum where the limit is one),
       and one such key per constraint where there are several.
+    - ``eval/feasible`` is 1 if the mean costs of this evaluation are within all limits, else 0.
     - ``evaluations.npz`` has the array ``costs`` of shape (n_evaluations, n_eval_episodes), with a last axis for the
       constraints where there are several.
     - The best model is the *feasible* one with the highest mean reward; as long as no evaluation was feasible, it is the
@@ -96,13 +99,21 @@ class CostEvalCallback(EvalCallback):
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
             return True
+        self._improved = False
         self._counter = CostCounter(
             self.model.cost_key, cost_discount(self.model), super()._log_success_callback, self.model.n_constraints
         )
         self._best_reward = self.best_mean_reward
-        continue_training = super()._on_step()
+        # SB3 would print rewards alone, and a new best mean reward where it fell because the cost did
+        verbose, self.verbose = self.verbose, 0
+        try:
+            continue_training = super()._on_step()
+        finally:
+            self.verbose = verbose
         self._settle_best()
         costs = np.stack(self._counter.episode_costs)
+        if self.verbose >= 1:
+            self._print_outcome(costs)
         if self.log_path is not None:
             self.evaluations_costs.append(costs[:, 0] if costs.shape[1] == 1 else costs)
             with np.load(f"{self.log_path}.npz") as stored:
@@ -128,6 +139,7 @@ class CostEvalCallback(EvalCallback):
             self.logger.record("eval/mean_ep_cost" if len(costs) == 1 else f"eval/mean_ep_cost_{i}", float(cost))
         excess = relative_excess(costs, np.asarray(self.model.cost_limit))
         self._violation = float(np.sum(np.maximum(excess, 0.0)))
+        self.logger.record("eval/feasible", int(self._violation == 0.0))
         # What it does with a good model, stopping for instance, must not happen with an infeasible one
         self.callback_on_new_best = self._new_best_callback if self._violation == 0.0 else None
         # SB3 takes the model for the best one if its mean reward exceeds this
@@ -146,7 +158,90 @@ class CostEvalCallback(EvalCallback):
         """Undo what was set for SB3's comparison, or take over its outcome."""
         if self.best_mean_reward != self._threshold:
             self._best_reward, self.best_violation = self.best_mean_reward, self._violation
+            self._improved = True
         self.best_mean_reward = self._threshold = self._best_reward
+
+    def _print_outcome(self, costs: np.ndarray) -> None:
+        limits = np.asarray(self.model.cost_limit)
+        mean, std = (", ".join(f"{value:.2f}" for value in values) for values in (costs.mean(axis=0), costs.std(axis=0)))
+        unit = "discounted cost" if self.model.cost_limit_discounted else "cost"
+        verdict = "within the limit" if self._violation == 0.0 else "OVER the limit"
+        print(
+            f"Evaluation at step {self.num_timesteps}: return {self.last_mean_reward:.2f}, {unit} {mean} +/- {std}, "
+            f"limit {', '.join(f'{limit:g}' for limit in limits)}: {verdict}"
+        )
+        if len(self._is_success_buffer) > 0:
+            print(f"Success rate: {100 * np.mean(self._is_success_buffer):.2f}%")
+        if self._improved and self._violation == 0.0:
+            print("New best feasible model")
+        elif self._improved:
+            print("New best model: none was within the limit so far, and this one exceeds it least")
+
+
+class CostProgressBarCallback(ProgressBarCallback):
+    """SB3's progress bar, with return and cost of recent training episodes."""
+
+    model: "ConstrainedOffPolicyAlgorithm"
+
+    def _on_rollout_end(self) -> None:
+        if self.model.ep_info_buffer and len(self.model.ep_cost_buffer) > 0:
+            cost = np.mean(self.model.ep_cost_buffer, axis=0)
+            returns = safe_mean([episode["r"] for episode in self.model.ep_info_buffer])
+            self.pbar.set_description(f"return {returns:.2f}, cost {', '.join(f'{c:.2f}' for c in cost)}", refresh=False)
+
+
+def with_progress_bar(callback: MaybeCallback) -> list[BaseCallback]:
+    """
+    :param callback: What was given to ``learn()``.
+    :return: The same and a progress bar that shows costs.
+    """
+    if callback is None:
+        return [CostProgressBarCallback()]
+    if isinstance(callback, list):
+        return [*callback, CostProgressBarCallback()]
+    given = callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)
+    return [given, CostProgressBarCallback()]
+
+
+class RemainingTimeCallback(BaseCallback):
+    """
+    Print once how long the rest of the training will take.
+
+    :param steps: Environment steps with updates after which this is told.
+    """
+
+    def __init__(self, steps: int = 1_000) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def _on_training_start(self) -> None:
+        self._first_step: int | None = None
+        self._told = False
+
+    def _on_step(self) -> bool:
+        # Steps before the first update are faster than those to come
+        if self._told or self.num_timesteps <= getattr(self.model, "learning_starts", 0):
+            return True
+        if self._first_step is None:
+            self._first_step, self._started = self.num_timesteps, time.monotonic()
+        done = self.num_timesteps - self._first_step
+        if done >= self.steps:
+            self._told = True
+            seconds = time.monotonic() - self._started
+            left = self.locals["total_timesteps"] - self.num_timesteps
+            print(
+                f"{done} steps with updates took {duration(seconds)}. The remaining {left} steps will take about "
+                f"{duration(seconds * left / done)}."
+            )
+        return True
+
+
+def duration(seconds: float) -> str:
+    """:param seconds: A time. :return: The time in a unit for people."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 class StopTrainingOnTimeLimit(BaseCallback):

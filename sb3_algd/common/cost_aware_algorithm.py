@@ -17,6 +17,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_algd.common.arguments import CheckedAlgorithm
 from sb3_algd.common.buffers import CostNStepReplayBuffer, CostStorage, cost_buffer_class
+from sb3_algd.common.callbacks import with_progress_bar
 from sb3_algd.common.constraint import (
     ConstraintSetting,
     HorizonCheck,
@@ -244,7 +245,9 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         if self.device.type == "cpu" and keep_freed_memory() and self.verbose >= 1:
             print(f"Freed memory is kept in this process, up to 512 MiB, for faster updates ({SWITCH}=0 switches it off)")
         self._normalization_backup = NormalizationBackup(self._vec_normalize_env)
-        arguments = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if progress_bar:
+            callback = with_progress_bar(callback)
+        arguments = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
         if environments_reset:
             assert self._last_obs is not None
             self._check_reset_observation(self._last_obs)
@@ -382,6 +385,9 @@ class CostAwareAlgorithm(CheckedAlgorithm):
             self._record_each("rollout/ep_cost_mean", np.mean(tracker.episode_costs, axis=0))
             if self.cost_limit_discounted:
                 self._record_each("rollout/ep_cost_discounted_mean", np.mean(tracker.discounted_costs, axis=0))
+            costs = np.stack(tracker.discounted_costs if self.cost_limit_discounted else tracker.episode_costs)
+            self._record_each("rollout/violation_rate", np.mean(costs > self.cost_limit, axis=0))
+        self._record_each("rollout/cumulative_cost", tracker.total_cost)
         self._record_each("rollout/cost_rate", tracker.cost_rate)
         self._record_each("rollout/cost_limit", self.cost_limit)
         self.logger.record("rollout/horizon", self.episode_length)

@@ -149,3 +149,25 @@ def evaluate_policy(
     if costs.shape[1] == 1:
         return mean_reward, std_reward, float(mean_cost[0]), float(std_cost[0])
     return mean_reward, std_reward, mean_cost, std_cost
+
+
+def describe_evaluation(name: str, model: Any, env: VecEnv, n_eval_episodes: int = 20, deterministic: bool = False) -> str:
+    """
+    Evaluate a model, and say whether it keeps its limits.
+
+    :param name: What the line begins with.
+    :param model: A model with cost limits.
+    :param env: Environments for the evaluation.
+    :param n_eval_episodes: Number of episodes.
+    :param deterministic: Whether actions are deterministic.
+    :return: A line with return, cost and limit, and one more cost and limit for each further constraint.
+    """
+    mean_return, std_return, *costs = evaluate_policy(model, env, n_eval_episodes, deterministic, warn=False)
+    means, stds = (np.atleast_1d(cost) for cost in costs)
+    unit = "discounted cost" if model.cost_limit_discounted else "cost"
+    episodes = f"{n_eval_episodes} {'deterministic' if deterministic else 'stochastic'} episode{'s' * (n_eval_episodes > 1)}"
+    verdicts = [
+        f"{unit} {mean:.2f} +/- {std:.2f}, limit {limit:g}: {'within the limit' if mean <= limit else 'OVER the limit'}"
+        for mean, std, limit in zip(means, stds, model.cost_limit, strict=True)
+    ]
+    return f"{name}, {episodes}: return {mean_return:.2f} +/- {std_return:.2f}, {'; '.join(verdicts)}"

@@ -6,8 +6,15 @@ import warnings
 import gymnasium as gym
 
 from sb3_algd.envs import register_envs
-from sb3_algd.envs.catalogue import Entry, entries
+from sb3_algd.envs.catalogue import ACCELERATED, SPEED, STOCK, Entry, entries
 
+SAFETY = 'pip install "sb3_algd[safety]"'
+#: What to install for the environments of a track that cannot be made
+NEEDS = {
+    STOCK: f"the stock and accelerated tasks need: {SAFETY} && pip install --no-deps safety-gymnasium==1.0.0",
+    SPEED: f"the speed tasks need: {SAFETY}",
+}
+NEEDS[ACCELERATED] = NEEDS[STOCK]
 COLUMNS = ("id", "track", "cost limit", "discounted", "observation", "action", "steps")
 
 
@@ -26,8 +33,8 @@ def row(entry: Entry) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Print the list. If the package of an environment is missing, its cells show "-" and the reason follows below."""
-    parser = argparse.ArgumentParser(prog="python -m sb3_algd.envs", description="List the environments and their limits.")
+    """Print the list. If the package of an environment is missing, its cells show "-" and what to install follows below."""
+    parser = argparse.ArgumentParser(prog="sb3-algd envs", description="List the environments and their limits.")
     parser.add_argument("pattern", nargs="?", default="", help="list only ids that contain this")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
@@ -41,8 +48,8 @@ def main() -> None:
     for entry in chosen:
         try:
             rows.append(row(entry))
-        except ImportError as error:
-            problems[str(error)] = None
+        except (ImportError, gym.error.DependencyNotInstalled) as error:
+            problems[NEEDS.get(entry.track, str(error))] = None
             rows.append((entry.id, entry.track, *["-"] * 4, str(entry.episode_steps)))
     print_table(rows, options.markdown)
     for problem in problems:

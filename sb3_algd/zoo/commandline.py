@@ -31,6 +31,7 @@ def given_options() -> argparse.Namespace:
     parser.add_argument("-f", "--folder")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--eval-freq", type=int)
     return parser.parse_known_args()[0]
 
 

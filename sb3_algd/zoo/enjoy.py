@@ -56,7 +56,15 @@ class EpisodeCounter(VecEnvWrapper):
         self._tracker.update(costs, dones)
         # By a Monitor, so of the rewards before any normalisation
         self.returns += [info["episode"]["r"] for info in infos if "episode" in info]
+        self._print_costs(int(np.sum(dones)))
         return observations, rewards, dones, infos
+
+    def _print_costs(self, n_ended: int) -> None:
+        assert self.model is not None
+        assert self._tracker is not None
+        limits = ", ".join(f"{limit:g}" for limit in self.model.cost_limit)
+        for costs in list(self._tracker.discounted_costs)[len(self._tracker.discounted_costs) - n_ended :]:
+            print(f"Episode Cost: {', '.join(f'{cost:.2f}' for cost in costs)} (limit {limits})")
 
     def report(self) -> str:
         """:return: Return and cost, and whether the limit holds."""

@@ -19,17 +19,21 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_algd.common.callbacks import CostEvalCallback
+from sb3_algd.common.callbacks import CostEvalCallback, CostProgressBarCallback, RemainingTimeCallback
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.evaluation import describe_evaluation
 from sb3_algd.common.legacy import refuse_old_arguments
 from sb3_algd.zoo import CONFIGS, is_constrained
+from sb3_algd.zoo.commandline import given_options
 from sb3_algd.zoo.hyperparams import merge_arguments
 from sb3_algd.zoo.tuning import BROKEN_OFF, TrialCostEvalCallback, best_feasible_trial, write_report
 
 #: Column of monitor.csv, from the wrapper of that name
 EPISODE_COST = "episode_cost"
+#: How often a training is evaluated where the command line does not say it
+N_EVALUATIONS = 20
 #: How long another worker may take to make the tables of a new database
 TABLES_SECONDS = 5
 #: Schedules besides the Zoo's own ``learning_rate``, as ``lin_3e-4`` in a configuration
@@ -130,8 +134,41 @@ class CostExperimentManager(ExperimentManager):
         """Create the Zoo's callbacks, with one that evaluates costs."""
         if not self.is_constrained:
             return super().create_callbacks()
-        with patch.object(exp_manager, "EvalCallback", CostEvalCallback):
-            return super().create_callbacks()
+        if given_options().eval_freq is None:
+            self.eval_freq = self._default_eval_freq()
+        with (
+            patch.object(exp_manager, "EvalCallback", CostEvalCallback),
+            patch.object(exp_manager, "ProgressBarCallback", CostProgressBarCallback),
+        ):
+            super().create_callbacks()
+        if not self.optimize_hyperparameters:
+            self.callbacks.append(RemainingTimeCallback())
+        return None
+
+    def _default_eval_freq(self) -> int:
+        """:return: Steps between evaluations for 20 of them, but no less than an episode, and for one of them at least."""
+        n_timesteps = int(self.n_timesteps)
+        episode = gym.spec(self.env_name.gym_id).max_episode_steps or 1
+        return max(min(max(n_timesteps // N_EVALUATIONS, episode), n_timesteps), 1)
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """
+        Save the model and print return and cost of it and of the best feasible one, beside the limit.
+
+        :param model: The model
+        """
+        super().save_trained_model(model)
+        evaluations = [callback for callback in self.callbacks if isinstance(callback, CostEvalCallback)]
+        if not evaluations or not isinstance(model, ConstrainedOffPolicyAlgorithm):
+            return
+        env = evaluations[0].eval_env
+        if self.normalize:
+            sync_envs_normalization(model.get_vec_normalize_env(), env)  # type: ignore[arg-type]
+        print(describe_evaluation("last model", model, env))
+        best = Path(self.save_path) / "best_model.zip"
+        # Its own statistics of observations are another file's
+        if best.is_file() and not self.normalize:
+            print(describe_evaluation("best feasible model", type(model).load(best, buffer_size=1), env))
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:

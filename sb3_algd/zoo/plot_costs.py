@@ -35,17 +35,17 @@ def read_evaluations(path: Path, constraint: int = 0) -> Curve:
     return curve
 
 
-def read_cost_limit(run: Path, constraint: int = 0) -> float | None:
+def read_cost_limit(run: Path, constraint: int = 0) -> tuple[float | None, bool]:
     """
     :param run: Folder of a run.
     :param constraint: Which limit, where there are several.
-    :return: The limit of the model that was trained, None if there is no model.
+    :return: The limit of the model that was trained, None if there is no model, and whether it is a discounted sum.
     """
     for path in sorted(run.glob("*.zip")):
         data, _, _ = load_from_zip_file(path, device="cpu")
         if data is not None and "cost_limit" in data:
-            return float(np.atleast_1d(data["cost_limit"])[constraint])
-    return None
+            return float(np.atleast_1d(data["cost_limit"])[constraint]), bool(data.get("cost_limit_discounted", False))
+    return None, False
 
 
 def collect(folder: Path, env_id: str) -> list[Path]:
@@ -75,10 +75,11 @@ def plot_costs() -> None:
             f"No evaluated run on {args.env} in {', '.join(map(str, names))}: train with --eval-freq, and name the "
             "log folder with -f and the algorithm with -a."
         )
-    limit = args.cost_limit if args.cost_limit is not None else read_cost_limit(found[0], args.constraint)
+    limit, discounted = read_cost_limit(found[0], args.constraint)
+    limit = limit if args.cost_limit is None else args.cost_limit
     curves = {label: [read_evaluations(run / "evaluations.npz", args.constraint) for run in runs[label]] for label in runs}
     output = args.output or Path(f"{EnvironmentName(args.env)}.png")
-    plot_learning_curves({label: seeds for label, seeds in curves.items() if seeds}, output, args.env, limit)
+    plot_learning_curves({label: seeds for label, seeds in curves.items() if seeds}, output, args.env, limit, discounted)
     print(f"Drawn from {len(found)} run(s): {output}")
 
 

@@ -1,0 +1,28 @@
+"""A first safe agent, without any extra. Half a minute on one core."""
+
+from sb3_algd import ALGD, evaluate_policy
+
+
+def main(steps: int = 800) -> None:
+    """:param steps: Environment steps."""
+    model = ALGD(
+        "DiffusionPolicy",
+        "TwoModes-v0",
+        # A small task: small networks, little noise, a short horizon
+        policy_kwargs=dict(net_arch=[64, 64], diffusion_kwargs=dict(sigma_max=0.2)),
+        score_kwargs=dict(temperature=0.02),
+        learning_rate=3e-3,
+        batch_size=64,
+        gamma=0.5,
+        cost_gamma=0.5,
+        learning_starts=200,
+        seed=0,
+    )
+    model.learn(total_timesteps=steps)
+    mean_return, _, mean_cost, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+    print(f"return {mean_return:.1f} (best possible: 80), cost {mean_cost:.1f} (limit: {model.cost_limit.item():g})")
+    model.save("two_modes")
+
+
+if __name__ == "__main__":
+    main()
