@@ -20,7 +20,7 @@ from sb3_algd.common.critics import EnsembleCritic
 from sb3_algd.common.guards import WeightsBackup
 from sb3_algd.common.lagrange import LagrangeMultiplier, PerConstraint, augmented_lagrangian, estimate_risk, per_constraint
 from sb3_algd.common.legacy import adopt_saved
-from sb3_algd.common.policies import ConstrainedPolicy
+from sb3_algd.common.policies import ConstrainedPolicy, EnergyTerms
 
 MULTIPLIER_SIGNALS = ("episodes", "buffer", "policy")
 
@@ -170,6 +170,18 @@ class ConstrainedOffPolicyAlgorithm(CostAwareAlgorithm, ABC):
         self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
         # Shape (n_constraints,); no bound until _set_cost_floor() knows one
         self._cost_floor = th.full_like(self._budget, -np.inf)
+
+    def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the policy action from an observation, see SB3.
+
+        :param args: See SB3
+        :param kwargs: See SB3
+        :return: See SB3
+        """
+        if self.policy.n_candidates > 1:
+            self.policy.energy_terms = EnergyTerms(self.lagrange_multiplier.value, self._budget, self._rho)
+        return super().predict(*args, **kwargs)
 
     # --- the update -------------------------------------------------------------------------------------------------------
 
