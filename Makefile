@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := sb3_algd benchmarks tests setup.py
+SOURCES := sb3_algd sb3_algd_runtime.py benchmarks examples tests setup.py
 
 .PHONY: help install train pytest benchmark type lint format check-codestyle commit-checks clean
 
@@ -27,7 +27,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 		echo "Name another one: make install PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 		echo "Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[safety,zoo,tests]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[safety,zoo,deploy,tests]"
 # Without its dependencies, because the versions that it pins fit nothing else (see setup.py).
 	$(BIN)/python -m pip install --quiet --no-deps safety-gymnasium==1.0.0
 	@touch $@

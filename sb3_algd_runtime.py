@@ -49,7 +49,8 @@ class Agent:
         options.log_severity_level = 4
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common class but this one
+        except Exception as error:
+            # The errors of onnxruntime have no other class in common
             raise ValueError(f"{name} is not a complete ONNX file that onnxruntime can run: {error}") from error
         #: What the file says of itself: algorithm, task, limit, and what was measured
         self.metadata = self._read_metadata(self._session.get_modelmeta().custom_metadata_map, name)
@@ -132,7 +133,8 @@ class Agent:
         elif not isinstance(observation, Mapping) or set(observation) != set(self._observations):
             got = sorted(observation) if isinstance(observation, Mapping) else type(observation).__name__
             raise ValueError(f"The observation must be a dict with the keys {sorted(self._observations)}, got {got}.")
-        inputs, sizes = {}, set()
+        inputs: dict[str, np.ndarray] = {}
+        sizes: set[int | None] = set()
         for name, (shape, dtype) in self._observations.items():
             value = np.asarray(given[name])
             if value.dtype != dtype:

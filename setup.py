@@ -20,6 +20,8 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     keywords="safe-reinforcement-learning constrained diffusion-policy stable-baselines3 gymnasium pytorch",
+    # Alone, because importing it must not import the package, which needs PyTorch
+    py_modules=["sb3_algd_runtime"],
     packages=[*find_packages(include=["sb3_algd", "sb3_algd.*"]), *DATA],
     # What users want to find and edit is at the top of the repository; installed, it is part of the package
     package_dir=DATA,
@@ -59,6 +61,13 @@ setup(
             "tensorboard>=2.9.1",
             # The window in which Gymnasium shows what enjoy plays
             "pygame>=2.1.3",
+        ],
+        # Exporting needs all of them, playing an exported policy only onnxruntime
+        "deploy": [
+            "onnx>=1.17",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.20",
+            "safetensors>=0.4",
         ],
         "tests": [
             "pytest>=8",

@@ -9,9 +9,9 @@ with NumPy and onnxruntime alone. Needs the extra ``deploy``.
 import copy
 import io
 import json
+import logging
 import os
 import warnings
-from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
@@ -146,11 +146,8 @@ def export_onnx(
         observation_space = raw_observation_space(model, normalizer)
     check_spaces(observation_space, model.observation_space)
 
-    policy = copy.deepcopy(model.policy).to("cpu").requires_grad_(False)
-    policy.set_training_mode(False)
-    policy.energy_terms = EnergyTerms(
-        model.lagrange_multiplier.value.detach().cpu(), model._budget.cpu(), model._rho.cpu()
-    )
+    policy = copy_policy(model)
+    policy.n_candidates = n_candidates
     graph = ExportedPolicy(policy, observation_space, normalizer, n_candidates, deterministic)
     metadata = describe(model, graph, observation_space, task, results)
     content = write_graph(graph, metadata)
@@ -162,6 +159,20 @@ def export_onnx(
         )
     Path(path).write_bytes(content)
     return difference
+
+
+def copy_policy(model: ConstrainedOffPolicyAlgorithm) -> ConstrainedPolicy:
+    """
+    :param model: The model
+    :return: A copy of its policy on the CPU and in evaluation mode, which knows the terms of the energy
+    """
+    # As it is loaded from a file: distributions of SB3's actors hold tensors that cannot be copied
+    with th.random.fork_rng():
+        policy = type(model.policy)(**model.policy._get_constructor_parameters()).to("cpu").requires_grad_(False)
+    policy.load_state_dict({name: value.cpu() for name, value in model.policy.state_dict().items()})
+    policy.set_training_mode(False)
+    policy.energy_terms = EnergyTerms(model.lagrange_multiplier.value.cpu(), model._budget.cpu(), model._rho.cpu())
+    return policy
 
 
 def find_vec_normalize(
@@ -279,9 +290,11 @@ def write_graph(graph: ExportedPolicy, metadata: dict[str, Any]) -> bytes:
 
     inputs = [th.from_numpy(array) for array in example_inputs(graph, 3).values()]
     batch = th.export.Dim("batch")
-    # torch.onnx reports its progress on both streams
+    # torch.onnx reports its progress, and that torchvision is missing
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
         program = th.onnx.export(
             graph,
             tuple(inputs),
@@ -351,7 +364,6 @@ def compare(
         and one by one, as a share of half the action's range where that is above 1
     """
     policy = graph.policy
-    policy.n_candidates = graph.n_candidates
     observations = sample_observations(model, graph, N_CHECKS)
     worst = 0.0
     for rows in (slice(0, N_CHECKS), slice(0, 1), slice(1, 2)):

@@ -165,8 +165,9 @@ class DiffusionPolicy(ConstrainedPolicy):
         features = self.actor.extract_features(obs, self.actor.features_extractor)
         if n_candidates > 1:
             features = features.repeat_interleave(n_candidates, dim=0)
+        denoiser = self.actor.network.bind(features)
         per_step = noise.flatten(0, 1).unbind(dim=1)
-        latents = self.actor.process.denoise(self.actor.network.bind(features), per_step[0].shape, noise=per_step)
+        latents = self.actor.process.denoise(denoiser, (denoiser.batch_size, self.actor.action_dim), noise=per_step)
         return th.tanh(latents[-1]).unflatten(0, (-1, n_candidates))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -213,8 +213,8 @@ class ConstrainedPolicy(BasePolicy, ABC):
         actions = self.actions_from_noise(obs, noise)
         if noise.shape[1] == 1:
             return actions.squeeze(1)
-        best = self.energy(obs, actions).argmin(dim=1)
-        return actions.take_along_dim(best.view(-1, 1, 1), dim=1).squeeze(1)
+        best = self.energy(obs, actions).argmin(dim=1, keepdim=True).unsqueeze(-1)
+        return actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)
 
     def energy(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
