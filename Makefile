@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := sb3_algd benchmarks examples tests docs/conf.py setup.py
+SOURCES := sb3_algd sb3_algd_runtime.py benchmarks examples tests docs/conf.py setup.py
 
 .PHONY: help install train pytest doc package wheel-test benchmark type lint format check-codestyle commit-checks clean
 

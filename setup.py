@@ -42,6 +42,13 @@ ZOO = [
     # The window in which Gymnasium shows what enjoy plays
     "pygame>=2.1.3",
 ]
+# Exporting needs all of them, playing an exported policy only onnxruntime
+DEPLOY = [
+    "onnx>=1.17",
+    "onnxscript>=0.5",
+    "onnxruntime>=1.20",
+    "safetensors>=0.4",
+]
 DOCS = [
     "sphinx>=8",
     "myst-parser>=4",
@@ -52,6 +59,8 @@ TESTS = [
     "pytest>=8",
     "pytest-cov",
     "pytest-xdist",
+    # Values of arguments
+    "hypothesis>=6.100",
     "mypy>=1.9",
     "ruff>=0.9",
     "black>=26.1",
@@ -70,7 +79,7 @@ TESTS = [
     "build",
     "twine>=6",
 ]
-EXTRAS = {"safety": SAFETY, "zoo": ZOO, "docs": DOCS, "tests": TESTS}
+EXTRAS = {"safety": SAFETY, "zoo": ZOO, "deploy": DEPLOY, "docs": DOCS, "tests": TESTS}
 
 
 def long_description() -> str:
@@ -100,6 +109,8 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     keywords="safe-reinforcement-learning constrained diffusion-policy stable-baselines3 gymnasium pytorch",
+    # Alone, because importing it must not import the package, which needs PyTorch
+    py_modules=["sb3_algd_runtime"],
     packages=[*find_packages(include=["sb3_algd", "sb3_algd.*"]), *DATA],
     # What users want to find and edit is at the top of the repository; installed, it is part of the package
     package_dir=DATA,

@@ -7,6 +7,7 @@ Each process only knows its noise schedule: the networks are handed over as func
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch as th
@@ -58,7 +59,13 @@ class ReverseProcess(nn.Module, ABC):
         :return: Latent after the update.
         """
 
-    def denoise(self, denoiser: Denoiser, batch_shape: tuple[int, int], deterministic: bool = False) -> list[th.Tensor]:
+    def denoise(
+        self,
+        denoiser: Denoiser,
+        batch_shape: tuple[int, int],
+        deterministic: bool = False,
+        noise: Sequence[th.Tensor] | None = None,
+    ) -> list[th.Tensor]:
         """
         Run the whole chain.
 
@@ -67,6 +74,8 @@ class ReverseProcess(nn.Module, ABC):
         :param denoiser: The networks, bound to a batch of states.
         :param batch_shape: (batch, action_dim)
         :param deterministic: Whether to leave out all noise.
+        :param noise: Standard normal noise to use, K tensors of shape ``batch_shape``: the first makes the initial latent,
+            number k is what step k adds. Drawn if None.
         :return: The K + 1 latents in the order in which they are made: the initial one first, the result last.
         """
         device, dtype = self.score_std.device, self.score_std.dtype
@@ -77,7 +86,8 @@ class ReverseProcess(nn.Module, ABC):
             return latents
 
         # noise[0] is the starting point, noise[k] is what step k adds; the last step (k = 0) adds none
-        noise = th.randn((self.denoising_steps, *batch_shape), device=device, dtype=dtype).unbind()
+        if noise is None:
+            noise = th.randn((self.denoising_steps, *batch_shape), device=device, dtype=dtype).unbind()
         latents = [self.initial_std * noise[0]]
         for k in reversed(range(self.denoising_steps)):
             latents.append(self.step(denoiser, latents[-1], k, noise[k] if k > 0 else None))

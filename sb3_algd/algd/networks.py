@@ -76,7 +76,7 @@ class BoundDenoiser:
         :return: Score phi(s, a, k) and noise eps(s, x, k), each of shape (batch, action_dim).
         """
         # Both heads share the trunk but look at different inputs: one pass over both
-        at_action, at_latent = self._output(th.cat([action, latent]), step).chunk(2)
+        at_action, at_latent = self._output(th.cat([action, latent]), step).unflatten(0, (2, -1)).unbind()
         return at_action.narrow(1, 0, self._action_dim), at_latent.narrow(1, self._action_dim, self._action_dim)
 
 

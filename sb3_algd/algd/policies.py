@@ -126,7 +126,7 @@ class DiffusionPolicy(ConstrainedPolicy):
     :param kwargs: What the critics and all of SB3's policies take, see :class:`~sb3_algd.common.policies.ConstrainedPolicy`:
         ``n_cost_critics``, ``cost_activation_fn``, ``layer_norm``, ``n_critics``, ``features_extractor_class``,
         ``features_extractor_kwargs``, ``normalize_images``, ``optimizer_class``, ``optimizer_kwargs``,
-        ``share_features_extractor``
+        ``share_features_extractor``, ``n_candidates``
     """
 
     actor: DiffusionActor
@@ -153,6 +153,22 @@ class DiffusionPolicy(ConstrainedPolicy):
     def make_actor(self) -> DiffusionActor:
         """:return: A new actor, on the policy's device."""
         return DiffusionActor(**self._update_features_extractor(self.actor_kwargs)).to(self.device)
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Shape of the standard normal noise that one action is made of: one row per denoising step."""
+        return self.actor.denoising_steps, self.actor.action_dim
+
+    def actions_from_noise(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """See :meth:`~sb3_algd.common.policies.ConstrainedPolicy.actions_from_noise`."""
+        n_candidates = noise.shape[1]
+        features = self.actor.extract_features(obs, self.actor.features_extractor)
+        if n_candidates > 1:
+            features = features.repeat_interleave(n_candidates, dim=0)
+        denoiser = self.actor.network.bind(features)
+        per_step = noise.flatten(0, 1).unbind(dim=1)
+        latents = self.actor.process.denoise(denoiser, (denoiser.batch_size, self.actor.action_dim), noise=per_step)
+        return th.tanh(latents[-1]).unflatten(0, (-1, n_candidates))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.diffusion_args}

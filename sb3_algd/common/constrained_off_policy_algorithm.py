@@ -28,7 +28,7 @@ from sb3_algd.common.lagrange import (
     risk_slope,
 )
 from sb3_algd.common.legacy import adopt_saved
-from sb3_algd.common.policies import ConstrainedPolicy
+from sb3_algd.common.policies import ConstrainedPolicy, EnergyTerms
 
 
 class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
@@ -179,6 +179,18 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
                 "scaled rewards, and look at action_noise if there is any."
             )
         return action, buffer_action
+
+    def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the policy action from an observation, see SB3.
+
+        :param args: See SB3
+        :param kwargs: See SB3
+        :return: See SB3
+        """
+        if self.policy.n_candidates > 1:
+            self.policy.energy_terms = EnergyTerms(self.lagrange_multiplier.value, self._budget, self._rho)
+        return super().predict(*args, **kwargs)
 
     # --- the update -------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What the policies of all constrained algorithms share: reward critics, cost critics and the critics' targets."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -13,9 +13,18 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 
 from sb3_algd.common.critics import EnsembleCritic
+from sb3_algd.common.lagrange import augmented_lagrangian
 
 # Modules of these packages keep no tensor of a forward pass for the next one
 _KNOWN_PACKAGES = ("torch", "stable_baselines3", "sb3_algd")
+
+
+class EnergyTerms(NamedTuple):
+    """What :func:`~sb3_algd.common.lagrange.augmented_lagrangian` needs beside values and costs, each of shape (n_c,)."""
+
+    multiplier: th.Tensor
+    budget: th.Tensor
+    rho: th.Tensor
 
 
 class ConstrainedPolicy(BasePolicy, ABC):
@@ -43,8 +52,13 @@ class ConstrainedPolicy(BasePolicy, ABC):
     :param n_critics: Number of reward critics to create.
     :param share_features_extractor: Whether to share or not the features extractor
         between the actor and the critics (this saves computation time)
+    :param n_candidates: Number of actions that ``predict`` samples per state; the one with the lowest energy acts. Only for
+        acting, also in training: targets and losses always use one sample. Deterministic actions have no candidates.
+        The attribute of the same name can be set at any time.
     """
 
+    #: What the energy needs beside the critics; the model sets it, see :meth:`energy`
+    energy_terms: EnergyTerms | None = None
     action_space: spaces.Box
     actor: Any
     critic: EnsembleCritic
@@ -70,6 +84,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         share_features_extractor: bool = False,
+        n_candidates: int = 1,
     ) -> None:
         super().__init__(
             observation_space,
@@ -84,6 +99,9 @@ class ConstrainedPolicy(BasePolicy, ABC):
         actor_arch, critic_arch = get_actor_critic_arch(net_arch)
         self.net_arch = net_arch
         self.share_features_extractor = share_features_extractor
+        if n_candidates < 1 or n_candidates != int(n_candidates):
+            raise ValueError(f"n_candidates must be a whole number, at least 1, got {n_candidates}.")
+        self.n_candidates = int(n_candidates)
         net_args = {
             "observation_space": self.observation_space,
             "action_space": self.action_space,
@@ -154,6 +172,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
                 optimizer_kwargs=self.optimizer_kwargs,
                 features_extractor_class=self.features_extractor_class,
                 features_extractor_kwargs=self.features_extractor_kwargs,
+                n_candidates=self.n_candidates,
             )
         )
         return data
@@ -167,7 +186,58 @@ class ConstrainedPolicy(BasePolicy, ABC):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.actor(observation, deterministic)
+        if self.n_candidates == 1 or deterministic:
+            return self.actor(observation, deterministic)
+        n_states = len(next(iter(observation.values()))) if isinstance(observation, dict) else len(observation)
+        return self.best_action(observation, th.randn((n_states, self.n_candidates, *self.noise_shape), device=self.device))
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, int]:
+        """Shape of the standard normal noise that one action is made of: (rows, action_dim)."""
+
+    @abstractmethod
+    def actions_from_noise(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        The actor as a function without randomness of its own. Noise of zeros makes the deterministic action.
+
+        :param obs: Observations
+        :param noise: Standard normal noise, shape (batch, n, *noise_shape) for n actions per state
+        :return: Actions in [-1, 1], shape (batch, n, action_dim)
+        """
+
+    def best_action(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        Of n actions per state, the one with the lowest energy.
+
+        :param obs: Observations
+        :param noise: Standard normal noise, shape (batch, n, *noise_shape)
+        :return: Actions in [-1, 1], shape (batch, action_dim)
+        """
+        actions = self.actions_from_noise(obs, noise)
+        if noise.shape[1] == 1:
+            return actions.squeeze(1)
+        best = self.energy(obs, actions).argmin(dim=1, keepdim=True).unsqueeze(-1)
+        return actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)
+
+    def energy(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Energy of several actions per state for acting: of the target critics, with the largest cost estimate of the ensemble.
+
+        :param obs: Observations
+        :param actions: Actions in [-1, 1], shape (batch, n, action_dim)
+        :return: Shape (batch, n)
+        :raises ValueError: If the policy does not know the multipliers, because no model has set them.
+        """
+        if self.energy_terms is None:
+            raise ValueError(
+                "A policy without its model does not know the multipliers, which n_candidates > 1 needs: "
+                "call predict() of the model, or set n_candidates to 1."
+            )
+        actions = actions.transpose(0, 1)
+        values = self.critic_target.bind(self.critic_target.features(obs)).values(actions)
+        costs = self.cost_critic_target.bind(self.cost_critic_target.features(obs)).values(actions)
+        return augmented_lagrangian(values.amin(dim=0).squeeze(-1), costs.amax(dim=0), *self.energy_terms).transpose(0, 1)
 
     def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """

@@ -5,8 +5,9 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor
 from torch import nn
 
@@ -67,6 +68,16 @@ class SACLagPolicy(ConstrainedPolicy):
         actor = Actor(**self._update_features_extractor(self.actor_kwargs))
         actor.action_dist = UncheckedGaussian(actor.action_dist.action_dim)  # type: ignore[assignment]
         return actor.to(self.device)
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Shape of the standard normal noise that one action is made of."""
+        return 1, get_action_dim(self.action_space)
+
+    def actions_from_noise(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """See :meth:`~sb3_algd.common.policies.ConstrainedPolicy.actions_from_noise`."""
+        mean, log_std, _ = self.actor.get_action_dist_params(obs)
+        return th.tanh(mean.unsqueeze(1) + log_std.exp().unsqueeze(1) * noise.squeeze(2))
 
 
 MlpPolicy = SACLagPolicy

@@ -1,0 +1,429 @@
+"""
+Export of a trained model to one ONNX file: from the raw observation to the action of the environment.
+
+The file holds everything between the two: VecNormalize's statistics, SB3's preprocessing, the actor with its whole denoising
+chain, with several candidates also the target critics, and the rescaling to the action space. ``sb3_algd_runtime`` plays it
+with NumPy and onnxruntime alone. Needs the extra ``deploy``.
+"""
+
+import copy
+import io
+import json
+import logging
+import os
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
+from torch import nn
+
+import sb3_algd
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.policies import ConstrainedPolicy, EnergyTerms
+from sb3_algd_runtime import FORMAT, METADATA_KEY, NOISE, Agent
+
+#: Largest difference to ``predict`` with which a file is written, as a share of half the action's range where that is above 1
+MAX_DIFFERENCE = 1e-5
+#: By how much the energy of the exported choice may exceed the lowest one, relative to 1 + |energy|: single precision
+MAX_ENERGY_DIFFERENCE = 1e-4
+N_CHECKS = 64
+#: Name of the only observation where the space is no Dict
+OBSERVATION = "observation"
+
+Observation = dict[str, np.ndarray]
+
+
+class ExportedPolicy(nn.Module):
+    """
+    From raw observations and noise to actions of the environment: what ``predict`` does, as one graph.
+
+    :param policy: The policy, on the CPU and in evaluation mode
+    :param observation_space: Space of the raw observations
+    :param vec_normalize: The wrapper with whose statistics the policy was trained, None for none
+    :param n_candidates: Number of candidates N
+    :param deterministic: Whether the action is the deterministic one; then the graph takes no noise
+    """
+
+    def __init__(
+        self,
+        policy: ConstrainedPolicy,
+        observation_space: spaces.Space,
+        vec_normalize: VecNormalize | None,
+        n_candidates: int,
+        deterministic: bool,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.raw_spaces = as_dict(observation_space)
+        self.policy_spaces = as_dict(policy.observation_space)
+        self.is_dict = isinstance(observation_space, spaces.Dict)
+        self.n_candidates = n_candidates
+        self.deterministic = deterministic
+        # In double precision as in VecNormalize: a mean may be large beside the standard deviation
+        self.statistics: dict[str, tuple[th.Tensor, th.Tensor, float]] = {}
+        if vec_normalize is not None and vec_normalize.norm_obs:
+            rms: Any = vec_normalize.obs_rms
+            for name, statistic in rms.items() if isinstance(rms, dict) else [(OBSERVATION, rms)]:
+                std = np.sqrt(statistic.var + vec_normalize.epsilon)
+                self.statistics[name] = (th.from_numpy(statistic.mean), th.from_numpy(std), float(vec_normalize.clip_obs))
+        low, high = policy.action_space.low, policy.action_space.high
+        dtype = np.result_type(np.float32, low.dtype)
+        self.low = th.from_numpy(low.astype(dtype))
+        self.range = th.from_numpy((high - low).astype(dtype))
+
+    def forward(self, *inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: Raw observations in the order of ``raw_spaces``, batch first, and unless deterministic, noise of
+            shape (batch, N, rows, action_dim)
+        :return: Actions of the environment, shape (batch, *action_space.shape)
+        """
+        observations = {}
+        for (name, raw_space), value in zip(self.raw_spaces.items(), inputs, strict=False):
+            if name in self.statistics:
+                mean, std, clip = self.statistics[name]
+                value = ((value.double() - mean) / std).clamp(-clip, clip).float()
+            if raw_space.shape != self.policy_spaces[name].shape:
+                # Channels first, as VecTransposeImage does
+                value = value.permute(0, 3, 1, 2)
+            observations[name] = value
+        obs: Any = observations if self.is_dict else observations[OBSERVATION]
+        noise = inputs[-1]
+        if self.deterministic:
+            noise = th.zeros((inputs[0].shape[0], 1, *self.policy.noise_shape))
+        scaled = self.policy.best_action(obs, noise).unflatten(1, self.low.shape)
+        return self.low + 0.5 * (scaled + 1.0) * self.range
+
+
+def as_dict(space: spaces.Space) -> dict[str, spaces.Space]:
+    """:param space: A space of observations. :return: Its parts by name."""
+    return dict(space.spaces) if isinstance(space, spaces.Dict) else {OBSERVATION: space}
+
+
+def export_onnx(
+    model: ConstrainedOffPolicyAlgorithm,
+    path: str | os.PathLike[str],
+    *,
+    deterministic: bool = False,
+    n_candidates: int | None = None,
+    vec_normalize: VecNormalize | Literal["auto"] | None = "auto",
+    observation_space: spaces.Space | None = None,
+    task: str | None = None,
+    results: dict[str, Any] | None = None,
+) -> float:
+    """
+    Write a trained model's policy to an ONNX file, after a comparison of its actions with those of ``predict``.
+
+    The comparison takes observations from the replay buffer if there are any, else from the observation space.
+
+    :param model: The model, of ALGD, SACLag or another constrained algorithm
+    :param path: The file
+    :param deterministic: Whether the file always acts deterministically. If False, the caller chooses at each action
+    :param n_candidates: Number of actions that are sampled per state, of which the one with the lowest energy acts.
+        If None, the policy's own. Above 1 the file also holds the target critics
+    :param vec_normalize: The ``VecNormalize`` wrapper with which the model was trained, None if it was trained without.
+        ``"auto"`` takes it from the model's environment
+    :param observation_space: Space of the raw observations. If None, the one of the model's environment
+    :param task: Id of the task, for the metadata. If None, the one of the model's environment
+    :param results: What was measured, for the metadata, for instance ``dict(mean_return=26.1, mean_cost=19.2)``
+    :return: The largest difference to ``predict``, as a share of half the action's range where that is above 1
+    :raises ValueError: If the actions differ from those of ``predict``, the model has no environment that tells whether it was
+        trained with ``VecNormalize``, or an argument makes no sense. Then nothing is written.
+    """
+    if not isinstance(model, ConstrainedOffPolicyAlgorithm):
+        raise ValueError(f"export_onnx takes a model of ALGD or SACLag, got {type(model).__name__}.")
+    n_candidates = model.policy.n_candidates if n_candidates is None else n_candidates
+    if n_candidates < 1 or n_candidates != int(n_candidates):
+        raise ValueError(f"n_candidates must be a whole number, at least 1, got {n_candidates}.")
+    # Candidates without noise are all alike
+    n_candidates = 1 if deterministic else int(n_candidates)
+    normalizer = find_vec_normalize(model, vec_normalize)
+    if observation_space is None:
+        observation_space = raw_observation_space(model, normalizer)
+    check_spaces(observation_space, model.observation_space)
+
+    policy = copy_policy(model)
+    policy.n_candidates = n_candidates
+    graph = ExportedPolicy(policy, observation_space, normalizer, n_candidates, deterministic)
+    metadata = describe(model, graph, observation_space, task, results)
+    content = write_graph(graph, metadata)
+    difference = compare(Agent(content), graph, model, normalizer)
+    if not difference <= MAX_DIFFERENCE:
+        raise ValueError(
+            f"The exported policy's actions differ from those of predict() by up to {difference:.2g}, which is more than "
+            f"{MAX_DIFFERENCE:g}: nothing was written to {path}. Does the policy use randomness of its own?"
+        )
+    Path(path).write_bytes(content)
+    return difference
+
+
+def copy_policy(model: ConstrainedOffPolicyAlgorithm) -> ConstrainedPolicy:
+    """
+    :param model: The model
+    :return: A copy of its policy on the CPU and in evaluation mode, which knows the terms of the energy
+    """
+    # As it is loaded from a file: distributions of SB3's actors hold tensors that cannot be copied
+    with th.random.fork_rng():
+        policy = type(model.policy)(**model.policy._get_constructor_parameters()).to("cpu").requires_grad_(False)
+    policy.load_state_dict({name: value.cpu() for name, value in model.policy.state_dict().items()})
+    policy.set_training_mode(False)
+    policy.energy_terms = EnergyTerms(model.lagrange_multiplier.value.cpu(), model._budget.cpu(), model._rho.cpu())
+    return policy
+
+
+def find_vec_normalize(
+    model: ConstrainedOffPolicyAlgorithm, vec_normalize: VecNormalize | Literal["auto"] | None
+) -> VecNormalize | None:
+    """
+    :param model: The model
+    :param vec_normalize: See :func:`export_onnx`
+    :return: The wrapper whose statistics belong to the model, None for none
+    :raises ValueError: If that is unknown.
+    """
+    if vec_normalize is None or isinstance(vec_normalize, VecNormalize):
+        return vec_normalize
+    if vec_normalize != "auto":
+        raise ValueError(f"vec_normalize must be a VecNormalize wrapper, None or 'auto', got {vec_normalize!r}.")
+    if model.env is None:
+        raise ValueError(
+            "The model has no environment, which would tell whether it was trained with VecNormalize: give "
+            "vec_normalize=VecNormalize.load(...) with the saved statistics, or vec_normalize=None if it was trained without."
+        )
+    return model.get_vec_normalize_env()
+
+
+def raw_observation_space(model: ConstrainedOffPolicyAlgorithm, vec_normalize: VecNormalize | None) -> spaces.Space:
+    """
+    :param model: The model
+    :param vec_normalize: Its wrapper, if any
+    :return: Space of the observations before they are normalised and images are transposed
+    """
+    if vec_normalize is not None:
+        return vec_normalize.venv.observation_space
+    transposed = None if model.env is None else unwrap_vec_wrapper(model.env, VecTransposeImage)
+    return model.observation_space if transposed is None else transposed.venv.observation_space
+
+
+def check_spaces(raw: spaces.Space, of_policy: spaces.Space) -> None:
+    """
+    Refuse raw observations that are not the policy's, but for the place of the channels.
+
+    :param raw: Space of the raw observations
+    :param of_policy: The policy's observation space
+    :raises ValueError: If they do not fit.
+    """
+    parts, expected = as_dict(raw), as_dict(of_policy)
+    fits = parts.keys() == expected.keys() and isinstance(raw, spaces.Dict) == isinstance(of_policy, spaces.Dict)
+    for name in expected if fits else ():
+        shape, wanted = parts[name].shape or (), expected[name].shape or ()
+        fits = fits and (shape == wanted or (len(shape) == 3 and (shape[2], *shape[:2]) == wanted))
+    if not fits:
+        raise ValueError(f"The policy takes observations of {of_policy}, the raw ones are of {raw}.")
+
+
+def describe(
+    model: ConstrainedOffPolicyAlgorithm,
+    graph: ExportedPolicy,
+    observation_space: spaces.Space,
+    task: str | None,
+    results: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """
+    :param model: The model
+    :param graph: What is exported
+    :param observation_space: Space of the raw observations
+    :param task: See :func:`export_onnx`
+    :param results: See there
+    :return: The metadata of the file
+    """
+    action_space = model.action_space
+    if task is None and model.env is not None:
+        spec = model.env.get_attr("spec")[0]
+        task = None if spec is None else spec.id
+    return {
+        "format": FORMAT,
+        "version": sb3_algd.__version__,
+        "algorithm": type(model).__name__,
+        "task": task,
+        "is_dict": graph.is_dict,
+        "observations": {
+            name: {"shape": list(space.shape or ()), "dtype": str(space.dtype)} for name, space in graph.raw_spaces.items()
+        },
+        "action": {
+            "shape": list(action_space.shape),
+            "dtype": str(graph.low.numpy().dtype),
+            "low": action_space.low.tolist(),
+            "high": action_space.high.tolist(),
+        },
+        "noise_shape": None if graph.deterministic else [graph.n_candidates, *graph.policy.noise_shape],
+        "n_candidates": graph.n_candidates,
+        "deterministic": graph.deterministic,
+        "normalized": sorted(graph.statistics),
+        "num_timesteps": model.num_timesteps,
+        "cost_limit": np.asarray(model.cost_limit).tolist(),
+        "cost_limit_discounted": bool(model.cost_limit_discounted),
+        "cost_gamma": model.cost_gamma,
+        "episode_length": model.episode_length,
+        "results": results or {},
+    }
+
+
+def write_graph(graph: ExportedPolicy, metadata: dict[str, Any]) -> bytes:
+    """
+    :param graph: The policy
+    :param metadata: What the file says of itself
+    :return: Content of the ONNX file
+    :raises ImportError: If onnx or onnxscript is missing.
+    """
+    try:
+        import onnxscript
+    except ImportError as error:
+        raise ImportError('Exporting needs onnx and onnxscript: pip install "sb3_algd[deploy]"') from error
+    opset = onnxscript.opset18
+
+    def addcdiv(self: Any, tensor1: Any, tensor2: Any, value: float = 1.0) -> Any:
+        return opset.Add(self, opset.Div(opset.Mul(tensor1, value), tensor2))
+
+    inputs = [th.from_numpy(array) for array in example_inputs(graph, 3).values()]
+    batch = th.export.Dim("batch")
+    # torch.onnx reports its progress, and that torchvision is missing
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        program = th.onnx.export(
+            graph,
+            tuple(inputs),
+            dynamo=True,
+            input_names=list(example_inputs(graph, 1)),
+            output_names=["action"],
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            custom_translation_table={th.ops.aten.addcdiv.default: addcdiv},
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props[METADATA_KEY] = json.dumps(metadata)
+    return program.model_proto.SerializeToString()
+
+
+def example_inputs(graph: ExportedPolicy, batch_size: int) -> Observation:
+    """
+    :param graph: The policy
+    :param batch_size: Number of observations
+    :return: What the graph takes, by name
+    """
+    arrays = {
+        name: np.zeros((batch_size, *(space.shape or ())), dtype=space.dtype) for name, space in graph.raw_spaces.items()
+    }
+    if not graph.deterministic:
+        arrays[NOISE] = np.zeros((batch_size, graph.n_candidates, *graph.policy.noise_shape), dtype=np.float32)
+    return arrays
+
+
+def sample_observations(model: ConstrainedOffPolicyAlgorithm, graph: ExportedPolicy, n_observations: int) -> Observation:
+    """
+    :param model: The model
+    :param graph: Its policy
+    :param n_observations: How many
+    :return: Raw observations by name, from the replay buffer if it has any, else from the observation space
+    """
+    buffer: Any = model.replay_buffer
+    if buffer is None or buffer.size() == 0:
+        # A copy: the samples of the model's own space stay as they would be
+        raw_spaces = copy.deepcopy(graph.raw_spaces)
+        for space in raw_spaces.values():
+            space.seed(0)
+        return {
+            name: np.stack([np.asarray(space.sample(), dtype=space.dtype) for _ in range(n_observations)])
+            for name, space in raw_spaces.items()
+        }
+    rows = np.random.default_rng(0).integers(buffer.size(), size=n_observations)
+    stored = buffer.observations if graph.is_dict else {OBSERVATION: buffer.observations}
+    observations = {}
+    for name, space in graph.raw_spaces.items():
+        values = stored[name][rows, 0]
+        if space.shape != graph.policy_spaces[name].shape:
+            values = np.moveaxis(values, 1, -1)
+        observations[name] = values.reshape(n_observations, *(space.shape or ())).astype(space.dtype)
+    return observations
+
+
+def compare(
+    agent: Agent, graph: ExportedPolicy, model: ConstrainedOffPolicyAlgorithm, vec_normalize: VecNormalize | None
+) -> float:
+    """
+    :param agent: The exported policy
+    :param graph: What it was exported from
+    :param model: The model
+    :param vec_normalize: Its wrapper, if any
+    :return: The largest difference between actions of the exported policy and of ``predict`` with the same noise, in batches
+        and one by one, as a share of half the action's range where that is above 1
+    """
+    policy = graph.policy
+    observations = sample_observations(model, graph, N_CHECKS)
+    worst = 0.0
+    for rows in (slice(0, N_CHECKS), slice(0, 1), slice(1, 2)):
+        raw: Any = {name: value[rows] for name, value in observations.items()}
+        raw = raw if graph.is_dict else raw[OBSERVATION]
+        seen = raw if vec_normalize is None else vec_normalize.normalize_obs(raw)
+        n_rows = rows.stop - rows.start
+        with th.random.fork_rng():
+            th.manual_seed(0)
+            noise = draw_as_predict(graph, n_rows)
+            for deterministic in {graph.deterministic, True}:
+                th.manual_seed(0)
+                expected, _ = policy.predict(seen, deterministic=deterministic)
+                actual = agent.act(raw, deterministic, noise=None if graph.deterministic else noise.numpy())
+                differences = distance(policy, actual, expected)
+                if graph.n_candidates > 1 and not deterministic:
+                    differences = np.minimum(differences, distance_to_equals(policy, seen, noise, actual))
+                worst = max(worst, float(differences.max())) if np.isfinite(differences).all() else np.inf
+    return worst
+
+
+def draw_as_predict(graph: ExportedPolicy, n_rows: int) -> th.Tensor:
+    """
+    :param graph: The policy
+    :param n_rows: Number of observations
+    :return: The noise that ``predict`` draws from the current state of the generator, in the layout of the graph
+    """
+    n_steps, action_dim = graph.policy.noise_shape
+    if graph.n_candidates > 1:
+        return th.randn((n_rows, graph.n_candidates, n_steps, action_dim))
+    return th.randn((n_steps, n_rows, action_dim)).transpose(0, 1).unsqueeze(1).contiguous()
+
+
+def distance(policy: ConstrainedPolicy, actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """
+    :param policy: The policy
+    :param actual: Actions, shape (..., *action_space.shape)
+    :param expected: Others, of a shape that fits
+    :return: Largest difference of each row, relative to half the action's range where that is above 1, shape (...)
+    """
+    space = policy.action_space
+    relative = np.abs(actual - expected) / np.maximum((space.high - space.low) / 2, 1.0)
+    return relative.max(axis=tuple(range(-len(space.shape), 0)))
+
+
+def distance_to_equals(policy: ConstrainedPolicy, observations: Any, noise: th.Tensor, actual: np.ndarray) -> np.ndarray:
+    """
+    Where the energies of two candidates differ by no more than rounding, each of them is a right choice.
+
+    :param policy: The policy
+    :param observations: Batch of observations as ``predict`` takes them
+    :param noise: Noise of the candidates
+    :param actual: The exported policy's choices
+    :return: Difference of each to the nearest candidate whose energy equals the lowest one, shape (batch,)
+    """
+    with th.no_grad():
+        obs, _ = policy.obs_to_tensor(observations)
+        candidates = policy.actions_from_noise(obs, noise)
+        energy = policy.energy(obs, candidates)
+    lowest = energy.amin(dim=1, keepdim=True)
+    equal = (energy - lowest <= MAX_ENERGY_DIFFERENCE * (1.0 + lowest.abs())).numpy()
+    actions = policy.unscale_action(candidates.numpy().reshape(*equal.shape, *policy.action_space.shape))
+    return np.where(equal, distance(policy, actual[:, np.newaxis], actions), np.inf).min(axis=1)
