@@ -33,7 +33,7 @@ class Heater(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(), reward, False, False, {"cost": power}
 
 
-gym.register("Heater-v0", Heater, max_episode_steps=50)
+gym.register("Heater-v0", Heater, max_episode_steps=50)  # type: ignore[arg-type]
 
 
 def main(steps: int = 3_000) -> None:

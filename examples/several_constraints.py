@@ -30,7 +30,7 @@ class Corridor(gym.Env[np.ndarray, np.ndarray]):
         return self.position.astype(np.float32), float(action[0]), False, False, {"cost": costs}
 
 
-gym.register("Corridor-v0", Corridor, max_episode_steps=100)
+gym.register("Corridor-v0", Corridor, max_episode_steps=100)  # type: ignore[arg-type]
 
 
 def main(steps: int = 3_000) -> None:

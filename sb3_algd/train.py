@@ -280,7 +280,7 @@ def report(model: CostAwareAlgorithm, env_id: str, seed: int, best: Path) -> Non
     :param seed: Seed of the run.
     :param best: File of the best feasible model, which may be missing.
     """
-    models = {"Last model": (model, (False, True))}
+    models: dict[str, tuple[Any, tuple[bool, ...]]] = {"Last model": (model, (False, True))}
     if best.is_file():
         models["Best feasible model"] = (type(model).load(best, buffer_size=1), (False,))
     print()

@@ -1,11 +1,11 @@
 """
-The fault suite: runs are killed, their files damaged, their disk filled, and a second run started beside them. Each is resumed, and
-has to end with the weights of the run to which nothing happened, bit for bit.
+The fault suite: runs are killed, their files damaged, their disk filled, and a second run started beside them. Each is
+resumed, and has to end with the weights of the run to which nothing happened, bit for bit.
 
     python -m tests.faults --out faults.jsonl
 
-Every trial is a forked process. A fault counts as ``exact`` (the same weights, also where a warning told of the damage), ``refused``
-(an error that names the file and what to do) or ``silent`` (other weights, or another error).
+Every trial is a forked process. A fault counts as ``exact`` (the same weights, also where a warning told of the damage),
+``refused`` (an error that names the file and what to do) or ``silent`` (other weights, or another error).
 """
 
 import argparse

@@ -274,7 +274,7 @@ def test_the_progress_bar_shows_costs(given: str | None, monkeypatch: pytest.Mon
     shown: list[str] = []
     monkeypatch.setattr(CostProgressBarCallback, "_on_training_end", lambda self: shown.append(self.pbar.desc))
     other = StopTrainingOnTimeLimit(1000)
-    callback = {None: None, "callback": other, "list": [other], "function": lambda locals_, globals_: True}[given]
+    callback: Any = {None: None, "callback": other, "list": [other], "function": lambda locals_, globals_: True}[given]
     model = make_model().learn(120, callback=callback, progress_bar=True)
     (line,) = shown
     assert line.startswith("return ")

@@ -83,7 +83,7 @@ def test_mean_interval_and_limit_are_drawn(tmp_path: Path, drawn: list[Figure]) 
         heights = [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
         assert [5.0, 5.0] in heights
         assert [30.0, 30.0] in heights
-        band = axes.collections[0].get_paths()[0].vertices
+        band = np.asarray(axes.collections[0].get_paths()[0].vertices)
         assert (band[:, 1].min(), band[:, 1].max()) == (4.0, 6.0)
     # The limit only below, where the costs are
     assert [10.123, 10.123] in [np.asarray(line.get_ydata()).tolist() for line in below.get_lines()]
@@ -108,7 +108,7 @@ def test_runs_are_points_in_the_plane(ending: str, tmp_path: Path, drawn: list[F
     path = tmp_path / f"plane.{ending}"
     plot_return_against_cost({"algd": [(5.0, 1.0), (6.0, 2.0)], "sac": [(9.0, 30.0)]}, path, "title", 10.0, discounted=True)
     (axes,) = drawn[0].axes
-    assert [point.get_xydata().tolist() for point in axes.get_lines()[:2]] == [[[1.0, 5.0], [2.0, 6.0]], [[30.0, 9.0]]]
+    assert [np.asarray(point.get_xydata()).tolist() for point in axes.get_lines()[:2]] == [[[1.0, 5.0], [2.0, 6.0]], [[30.0, 9.0]]]
     assert np.asarray(axes.get_lines()[2].get_xdata()).tolist() == [10.0, 10.0]
     assert axes.get_xlabel() == "discounted cost per episode"
     assert path.stat().st_size > 1000
