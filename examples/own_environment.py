@@ -40,7 +40,9 @@ def main(steps: int = 3_000) -> None:
     """:param steps: Environment steps."""
     model = ALGD("DiffusionPolicy", "Heater-v0", policy_kwargs=dict(net_arch=[64, 64]), learning_starts=100, verbose=1, seed=0)
     model.learn(total_timesteps=steps)
-    mean_return, _, mean_cost, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+    env = model.get_env()
+    assert env is not None
+    mean_return, _, mean_cost, _ = evaluate_policy(model, env, n_eval_episodes=20)
     print(f"return {mean_return:.1f}, energy {mean_cost:.1f} of {model.cost_limit.item():g}")
 
 

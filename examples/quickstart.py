@@ -19,7 +19,9 @@ def main(steps: int = 800) -> None:
         seed=0,
     )
     model.learn(total_timesteps=steps)
-    mean_return, _, mean_cost, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+    env = model.get_env()
+    assert env is not None
+    mean_return, _, mean_cost, _ = evaluate_policy(model, env, n_eval_episodes=20)
     print(f"return {mean_return:.1f} (best possible: 80), cost {mean_cost:.1f} (limit: {model.cost_limit.item():g})")
     model.save("two_modes")
 

@@ -11,7 +11,9 @@ def main(steps: int = 2_000) -> None:
     }
     for name, model in models.items():
         model.learn(total_timesteps=steps)
-        mean_return, _, mean_cost, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+        env = model.get_env()
+        assert env is not None
+        mean_return, _, mean_cost, _ = evaluate_policy(model, env, n_eval_episodes=20)
         print(f"{name}: return {mean_return:.1f}, cost {mean_cost:.1f}, limit {model.cost_limit.item():g}")
 
 

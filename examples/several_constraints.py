@@ -37,7 +37,9 @@ def main(steps: int = 3_000) -> None:
     """:param steps: Environment steps."""
     model = ALGD("DiffusionPolicy", "Corridor-v0", policy_kwargs=dict(net_arch=[64, 64]), seed=0)
     model.learn(total_timesteps=steps)
-    mean_return, _, mean_costs, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+    env = model.get_env()
+    assert env is not None
+    mean_return, _, mean_costs, _ = evaluate_policy(model, env, n_eval_episodes=20)
     print(f"return {mean_return:.1f}")
     for name, cost, limit in zip(("too fast", "aside"), np.atleast_1d(mean_costs), model.cost_limit, strict=True):
         print(f"{name}: {cost:.1f} steps of an episode, limit {limit:g}")

@@ -79,7 +79,10 @@ GOOD: dict[str, st.SearchStrategy[Any]] = dict(
     bound_cost_targets=st.booleans(),
     actor_learning_rate=SCHEDULES,
     cost_critic_learning_rate=SCHEDULES,
+    policy_delay=st.integers(1, 5),
     reduced_precision=st.booleans(),
+    compile=st.just(False),
+    guidance_coef=st.floats(0, 10),
     score_coef=st.floats(0, 10),
     score_kwargs=st.fixed_dictionaries(
         {},

@@ -108,7 +108,10 @@ def test_runs_are_points_in_the_plane(ending: str, tmp_path: Path, drawn: list[F
     path = tmp_path / f"plane.{ending}"
     plot_return_against_cost({"algd": [(5.0, 1.0), (6.0, 2.0)], "sac": [(9.0, 30.0)]}, path, "title", 10.0, discounted=True)
     (axes,) = drawn[0].axes
-    assert [np.asarray(point.get_xydata()).tolist() for point in axes.get_lines()[:2]] == [[[1.0, 5.0], [2.0, 6.0]], [[30.0, 9.0]]]
+    assert [np.asarray(point.get_xydata()).tolist() for point in axes.get_lines()[:2]] == [
+        [[1.0, 5.0], [2.0, 6.0]],
+        [[30.0, 9.0]],
+    ]
     assert np.asarray(axes.get_lines()[2].get_xdata()).tolist() == [10.0, 10.0]
     assert axes.get_xlabel() == "discounted cost per episode"
     assert path.stat().st_size > 1000

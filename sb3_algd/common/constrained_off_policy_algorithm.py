@@ -92,7 +92,7 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         self.policy_delay = policy_delay
         self._weights_backup = WeightsBackup()
 
-    # --- what a subclass defines, besides _next_actions and _actor_loss ---------------------------------------------------
+    # --- what a subclass defines, besides _actor_loss ---------------------------------------------------------------------
 
     @abstractmethod
     def _next_actions(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None]:
@@ -112,10 +112,9 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
         # None follows lr_schedule, also where a user has replaced it
-        self.actor_lr_schedule = None if self.actor_learning_rate is None else FloatSchedule(self.actor_learning_rate)
-        self.cost_critic_lr_schedule = (
-            None if self.cost_critic_learning_rate is None else FloatSchedule(self.cost_critic_learning_rate)
-        )
+        actor, cost_critic = self.actor_learning_rate, self.cost_critic_learning_rate
+        self.actor_lr_schedule = None if actor is None else FloatSchedule(actor)
+        self.cost_critic_lr_schedule = None if cost_critic is None else FloatSchedule(cost_critic)
 
     def _setup_model(self) -> None:
         adopt_saved(self.__dict__)
@@ -174,9 +173,9 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         if not np.isfinite(action).all():
             # The environment would make something of it, and be blamed
             raise FloatingPointError(
-                f"The policy's action became {action.tolist()} at step {self.num_timesteps}: training diverged and stopped, "
-                f"the environment has not seen it. {self._weights_backup.restore(self)}; try a smaller learning_rate or "
-                "scaled rewards, and look at action_noise if there is any."
+                f"The policy's action became {action.tolist()} at step {self.num_timesteps}: training diverged and stopped, the "
+                f"environment has not seen it. {self._weights_backup.restore(self)}; try a smaller learning_rate or scaled "
+                "rewards, and look at action_noise if there is any."
             )
         return action, buffer_action
 

@@ -326,16 +326,13 @@ class CostAwareAlgorithm(CheckedAlgorithm):
     def _warn_no_cost(self) -> None:
         """Warn once if the environment should have reported a cost by now."""
         assert self.replay_buffer is not None
-        if self._warned_of_no_cost:
-            return
         # Once a cost was seen there is nothing to warn of, also where later episodes report none
-        self._warned_of_no_cost = True
-        if self.replay_buffer.cost_reported:
-            return
-        warn_user(
-            f"The environment reported no cost (info[{self.cost_key!r}]) so far: a missing cost is treated as 0, "
-            "so the constraint never binds. Name the right key with cost_key=..., or use an algorithm without constraints."
-        )
+        said, self._warned_of_no_cost = self._warned_of_no_cost, True
+        if not said and not self.replay_buffer.cost_reported:
+            warn_user(
+                f"The environment reported no cost (info[{self.cost_key!r}]) so far: a missing cost is treated as 0, so the "
+                "constraint never binds. Name the right key with cost_key=..., or use an algorithm without constraints."
+            )
 
     def _warn_no_episode(self) -> None:
         """Warn once if an episode should have ended by now."""
