@@ -106,7 +106,7 @@ class Agent:
             not normalised, images as the environment gives them
         :param deterministic: Whether to leave out all noise. A file that was exported with ``deterministic=True`` always does
         :param seed: Seed of this action alone. None goes on with the agent's own noise
-        :param noise: Standard normal noise instead of drawn one, shape (*noise_shape), batch first for a batch
+        :param noise: Standard normal noise instead of drawn one, shape ``(*noise_shape)``, batch first for a batch
         :return: The action in the environment's own unit, batch first for a batch of observations
         :raises ValueError: If the observation or the noise has a wrong shape, type or keys, or is not finite.
         """
