@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := sb3_algd benchmarks tests setup.py
 
-.PHONY: help install train pytest benchmark type lint format check-codestyle commit-checks clean
+.PHONY: help install train pytest faults benchmark type lint format check-codestyle commit-checks clean
 
 help:
 	@echo "make train            train ALGD on a safety task (10 minutes), leaves model, CSV and figure in runs/"
 	@echo "make pytest           run the tests"
+	@echo "make faults           kill runs and damage their files, 312 faults (20 minutes); a short form is among the tests"
 	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (10 minutes)"
 	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
 	@echo "make type lint check-codestyle format commit-checks"
@@ -39,6 +40,10 @@ train: install
 # One thread per worker: the networks are small, and workers that share cores only slow each other down.
 pytest: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov $(ARGS)
+
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --jobs $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 SB3_ALGD_EXAMPLES=40 $(BIN)/python -m pytest -n $(JOBS) -q tests/test_argument_rules.py
 
 benchmark: install
 	$(BIN)/python -m benchmarks.speed $(ARGS)
