@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := sb3_algd sb3_algd_runtime.py benchmarks examples tests docs/conf.py setup.py
 
-.PHONY: help install train pytest doc package wheel-test benchmark type lint format check-codestyle commit-checks clean
+.PHONY: help install train pytest doc package wheel-test faults benchmark type lint format check-codestyle commit-checks clean
 
 help:
 	@echo "make train            train ALGD on a safety task (10 minutes), leaves model, CSV and figure in runs/"
@@ -17,6 +17,7 @@ help:
 	@echo "make doc              build the documentation site in docs/_build/html"
 	@echo "make package          build wheel and source distribution in dist/ and check them"
 	@echo "make wheel-test       install the wheel in a fresh environment outside this folder and use it as a user does"
+	@echo "make faults           kill runs and damage their files, 312 faults (20 minutes); a short form is among the tests"
 	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (10 minutes)"
 	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
 	@echo "make type lint check-codestyle format commit-checks"
@@ -54,6 +55,10 @@ package: install
 
 wheel-test: package
 	PYTHON=$(PYTHON) CONSTRAINTS=$(abspath $(CONSTRAINTS)) bash .ci/wheel-test dist/*.whl
+
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --jobs $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 SB3_ALGD_EXAMPLES=40 $(BIN)/python -m pytest -n $(JOBS) -q tests/test_argument_rules.py
 
 benchmark: install
 	$(BIN)/python -m benchmarks.speed $(ARGS)

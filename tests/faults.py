@@ -9,6 +9,7 @@ Every trial is a forked process. A fault counts as ``exact`` (the same weights, 
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import json
@@ -24,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ STEPS, SAVE_FREQ = 64, 16
 COLUMNS = ("tried", "exact", "warned", "refused", "silent")
 #: Kinds of faults, and how many of each are tried with each kind of run
 FULL = dict(kill=11, kill_at_file_event=12, half_written=5, bit_flip=12, truncation=4, full_disk=3, two_runs=2, two_resumes=3)
-SHORT = dict(kill=1, kill_at_file_event=1, half_written=1, bit_flip=1, two_runs=0)
+SHORT = dict(kill=1, kill_at_file_event=1, bit_flip=1)
 
 
 # --- kinds of runs ---------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def result_of(model: ALGD) -> str:
         digest.update(getattr(model.replay_buffer, name)[:size].tobytes())
     normalize = model.get_vec_normalize_env()
     if normalize is not None:
-        digest.update(pickle.dumps((normalize.obs_rms.mean.tobytes(), float(normalize.ret_rms.var))))  # type: ignore[union-attr]
+        digest.update(pickle.dumps((normalize.obs_rms.mean.tobytes(), float(normalize.ret_rms.var))))  # type: ignore[attr-defined]
     digest.update(f"{model.num_timesteps} {model._n_updates}".encode())
     return digest.hexdigest()
 
@@ -182,10 +184,8 @@ def in_process(work: Callable[[], ALGD], out: Path, prepare: Callable[[], Any] |
 def wait(process: int) -> int:
     """:param process: Id. :return: How it ended, after what it has left was ended too."""
     status = os.waitpid(process, 0)[1]
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     return status
 
 
@@ -232,8 +232,8 @@ class FileEvents:
             if inside and (writes or name in ("os.rename", "os.remove")) and self.event(name):
                 self.happen()
 
-        checkpoint_files._Hashing.write = half_write  # type: ignore[method-assign]
-        os.fsync = watched_fsync
+        checkpoint_files._Hashing.write = half_write  # type: ignore[assignment]
+        os.fsync = watched_fsync  # type: ignore[assignment]
         sys.addaudithook(audit)
 
 
@@ -353,7 +353,7 @@ class Suite:
     def truncation(self) -> tuple[str, str]:
         """Cut a random file off somewhere."""
         path = self._damaged()
-        os.truncate(path, self.rng.integers(path.stat().st_size))
+        os.truncate(path, int(self.rng.integers(path.stat().st_size)))
         return self._judge(path.parent)
 
     def full_disk(self) -> tuple[str, str]:
@@ -431,9 +431,11 @@ def main() -> None:
     args = parser.parse_args()
     counts = SHORT if args.short else FULL
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        trials = [pool.apply_async(try_faults, (kind, Path(folder), counts, args.out)) for kind in args.runs]
-        found = [row for trial in trials for row in trial.get()]
+    # Processes that may have children, other than those of a Pool
+    executor = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory() as folder, executor as pool:
+        trials = [pool.submit(try_faults, kind, Path(folder), counts, args.out) for kind in args.runs]
+        found = [row for trial in trials for row in trial.result()]
     table: dict[str, Counter[str]] = defaultdict(Counter)
     for _, fault, outcome, details in found:
         table[fault].update(["tried", outcome, *(["warned"] if outcome == "exact" and details else [])])

@@ -262,7 +262,7 @@ def test_the_list_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: p
     listed(monkeypatch, "Safexp-Point")
     out = capsys.readouterr().out
     assert out.count("accelerated  -") == 3
-    assert out.count("not installed: pip install it") == 1
+    assert out.count("tasks need: pip install") == 1
 
 
 def test_the_list_of_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,16 @@
 """Saving and loading: what comes back, what may be given anew, and what is refused."""
 
+import base64
 import io
+import json
+import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch as th
@@ -110,3 +116,46 @@ def test_a_buffer_with_other_costs_is_refused_and_the_present_one_stays(tmp_path
         with pytest.raises(ValueError, match=message):
             model.load_replay_buffer(tmp_path / name)
         assert model.replay_buffer is present
+
+
+# --- files of strangers ----------------------------------------------------------------------------------------------
+
+
+class Evil:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("member", ["data", "policy.pth", "pytorch_variables.pth", "lagrange_multiplier.pth"])
+def test_set_parameters_runs_no_code_of_the_file(tmp_path: Path, algorithm: Algorithm, member: str) -> None:
+    model = make_model_of(algorithm, seed=1).learn(30)
+    model.save(tmp_path / "good")
+    trace, evil = tmp_path / "trace", io.BytesIO()
+    if member == "data":
+        code = base64.b64encode(cloudpickle.dumps(Evil(trace))).decode()
+        content = json.loads(zipfile.ZipFile(tmp_path / "good.zip").read("data"))
+        content["evil"] = {":type:": "Evil", ":serialized:": code}
+        evil.write(json.dumps(content).encode())
+    else:
+        th.save({"x": Evil(trace)}, evil)
+    with zipfile.ZipFile(tmp_path / "good.zip") as good, zipfile.ZipFile(tmp_path / "evil.zip", "w") as file:
+        for name in good.namelist():
+            file.writestr(name, evil.getvalue() if name == member else good.read(name))
+    fresh = make_model_of(algorithm)
+    before = weights(fresh)
+    if member == "data":
+        fresh.set_parameters(str(tmp_path / "evil"), device="cpu")
+        assert same(weights(fresh), weights(model))
+        # The code is there: load() runs it, as SB3's does
+        algorithm.load(tmp_path / "evil")
+        assert trace.exists()
+    else:
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            fresh.set_parameters(str(tmp_path / "evil"), device="cpu")
+        assert same(weights(fresh), before)
+        assert not trace.exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy.exc
 
 pytest.importorskip("rl_zoo3")
 
@@ -242,3 +243,22 @@ def test_the_first_trial_can_be_loaded(tmp_path: Path) -> None:
     assert hyperparams["policy_kwargs"]["denoising_steps"] == study.trials[0].params["policy_kwargs.denoising_steps"]
     assert hyperparams["policy_kwargs"]["diffusion_kwargs"] == {"sigma_max": 0.2}
     assert hyperparams["tau"] == 0.5
+
+
+@pytest.mark.parametrize("error", ["IntegrityError", "OperationalError", "ProgrammingError"])
+def test_a_worker_that_comes_second_at_making_the_tables_tries_again(
+    optimize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    create_study, calls = optuna.create_study, []
+
+    def failing_once(*args: Any, **kwargs: Any) -> optuna.Study:
+        calls.append(kwargs)
+        if len(calls) == 1:
+            raise getattr(sqlalchemy.exc, error)("CREATE TABLE studies", {}, Exception("table studies already exists"))
+        return create_study(*args, **kwargs)
+
+    monkeypatch.setattr(optuna, "create_study", failing_once)
+    monkeypatch.setattr("sb3_algd.zoo.manager.TABLES_SECONDS", 0)
+    optimize("cost_limit:999.5", "--n-trials", "1", "--storage", f"sqlite:///{tmp_path / 'study.db'}", "--study-name", "s")
+    assert len(calls) == 2
+    assert len(optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}").trials) == 1

@@ -173,9 +173,9 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         if not np.isfinite(action).all():
             # The environment would make something of it, and be blamed
             raise FloatingPointError(
-                f"The policy's action became {action.tolist()} at step {self.num_timesteps}: training diverged and stopped, the "
-                f"environment has not seen it. {self._weights_backup.restore(self)}; try a smaller learning_rate or scaled "
-                "rewards, and look at action_noise if there is any."
+                f"The policy's action became {action.tolist()} at step {self.num_timesteps}: training diverged and stopped, "
+                f"the environment has not seen it. {self._weights_backup.restore(self)}; try a smaller learning_rate or "
+                "scaled rewards, and look at action_noise if there is any."
             )
         return action, buffer_action
 

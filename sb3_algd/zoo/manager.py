@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
-from sqlalchemy.exc import IntegrityError, ProgrammingError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
@@ -231,8 +231,9 @@ class CostExperimentManager(ExperimentManager):
         def create_and_keep(*args: Any, **kwargs: Any) -> optuna.Study:
             try:
                 studies.append(create_study(*args, **kwargs))
-            except (IntegrityError, ProgrammingError):
-                # Of workers that start at once on an empty PostgreSQL database only one can make Optuna 5.0's tables
+            except (IntegrityError, OperationalError, ProgrammingError):
+                # Of workers that start at once on an empty database only one can make Optuna 5.0's tables: PostgreSQL says so
+                # with the first and the last of these, SQLite and MySQL with the second
                 time.sleep(TABLES_SECONDS)
                 studies.append(create_study(*args, **kwargs))
             return studies[-1]
