@@ -278,6 +278,17 @@ def test_other_callbacks_take_up_their_results(tmp_path: Path) -> None:
     assert evaluation.n_calls == 44
 
 
+def test_a_complete_run_has_its_normalization_again(tmp_path: Path, algorithm: Algorithm) -> None:
+    make_model_of(algorithm, whole := normalized_envs(), cost_limit=[1.0, 2.0]).learn(
+        40, ResumableCheckpointCallback(20, tmp_path)
+    )
+    resume(tmp_path, again := normalized_envs())
+    assert isinstance(whole, VecNormalize) and isinstance(again, VecNormalize)
+    assert isinstance(whole.obs_rms, RunningMeanStd) and isinstance(again.obs_rms, RunningMeanStd)
+    np.testing.assert_array_equal(again.obs_rms.mean, whole.obs_rms.mean)
+    assert (again.ret_rms.var, again.ret_rms.count) == (whole.ret_rms.var, whole.ret_rms.count)
+
+
 def test_a_complete_run_is_returned_as_it_is(tmp_path: Path) -> None:
     model = make_model(make_one_env()).learn(30, ResumableCheckpointCallback(20, tmp_path))
     before = (tmp_path / MANIFEST).read_text()

@@ -77,8 +77,7 @@ class ResumableCheckpointCallback(BaseCallback):
     checkpoint is stored end there (see the module), so make ``save_freq`` many times the length of an episode.
     Other callbacks are told of it by a call of their method ``episodes_restarted()``, if they have one.
 
-    :param save_freq: Environment steps, of all environments together, between two checkpoints. One more is stored at the end
-        of ``learn()``.
+    :param save_freq: Environment steps of all environments together between two checkpoints. One more is stored at the end.
     :param save_path: Folder of the checkpoint.
     :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint was stored
     """
@@ -136,7 +135,6 @@ class ResumableCheckpointCallback(BaseCallback):
                 self._initial_states.setdefault(name, plain_attributes(callback))
             if self._pending is not None:
                 self._finish_resuming(self._pending)
-                self._pending = None
         if self.model.num_timesteps - self._last_stored >= self.save_freq:
             self.store()
 
@@ -144,7 +142,9 @@ class ResumableCheckpointCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        # A resumed run that was complete already has not started again
+        if self._pending is not None:
+            # A resumed run that was complete already has not started again
+            self._finish_resuming(self._pending)
         if self._started and self._last_stored < self.model.num_timesteps:
             self.store()
         self._lock.release()
@@ -326,7 +326,7 @@ class ResumableCheckpointCallback(BaseCallback):
         if vec_normalize is not None:
             vec_normalize.__dict__.update(state["vec_normalize"])
             model._last_original_obs = vec_normalize.get_original_obs()
-        self._kept_states = state["callbacks"]
+        self._pending, self._kept_states = None, state["callbacks"]
         others = self._others()
         for name, attributes in self._kept_states.items():
             if name in others:

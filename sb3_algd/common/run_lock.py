@@ -97,11 +97,14 @@ class RunLock:
             return False
 
     def _holder(self) -> str:
-        try:
-            about = json.loads((self.folder / LOCK).read_bytes())
-            return f"process {about['process']} on {about['host']}, since {about['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
+        for _ in range(20):
+            try:
+                about = json.loads((self.folder / LOCK).read_bytes())
+                return f"process {about['process']} on {about['host']}, since {about['since']}"
+            except (OSError, ValueError, KeyError, TypeError):
+                # It has the lock, and is about to write who it is
+                time.sleep(0.05)
+        return "another process"
 
     def _in_use(self, holder: str) -> str:
         return (
