@@ -155,7 +155,8 @@ def export_onnx(
     if not difference <= MAX_DIFFERENCE:
         raise ValueError(
             f"The exported policy's actions differ from those of predict() by up to {difference:.2g}, which is more than "
-            f"{MAX_DIFFERENCE:g}: nothing was written to {path}. Does the policy use randomness of its own?"
+            f"{MAX_DIFFERENCE:g}: nothing was written to {path}. Does the policy use randomness of its own, "
+            "or take observations of very large numbers?"
         )
     Path(path).write_bytes(content)
     return difference

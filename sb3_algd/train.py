@@ -27,6 +27,7 @@ from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
 from sb3_algd.common.checkpoint import MANIFEST, ResumableCheckpointCallback, read_manifest, resume
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
+from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.plotting import plot_learning_curves, read_curve
 
 # The networks are small: more threads than this wait for each other longer than they compute
@@ -222,11 +223,13 @@ def report(model: CostAwareAlgorithm, env_id: str, seed: int) -> None:
     print(f"\n{'':32}{'return':>16}{unit:>18}   limit {limit:g}")
     for deterministic, n_episodes in ((False, N_FINAL_EPISODES), (True, 1)):
         env = make_envs(env_id, n_episodes, seed=evaluation_seed(seed))
-        mean_return, std_return, mean_cost, std_cost = evaluate_policy(model, env, n_episodes, deterministic, warn=False)
+        returns, _, costs = evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True, warn=False)
         env.close()
         name = f"{n_episodes} {'deterministic' if deterministic else 'stochastic'} episode{'s' * (n_episodes > 1)}"
-        verdict = "within the limit" if mean_cost <= limit else "OVER the limit"
-        print(f"{name:32}{mean_return:8.2f} ± {std_return:5.2f}{mean_cost:10.2f} ± {std_cost:5.2f}   {verdict}")
+        print(f"{name:32}{np.mean(returns):8.2f} ± {np.std(returns):5.2f}{costs.mean():10.2f} ± {costs.std():5.2f}")
+        if n_episodes > 1:
+            # One episode says nothing of the others
+            print(f"{'':32}{constraint_verdict(costs, limit)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
