@@ -13,6 +13,7 @@ from sb3_algd.common.buffers import (
     CostReplayBuffer,
 )
 from sb3_algd.common.evaluation import evaluate_policy
+from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.envs import register_envs
 from sb3_algd.sac_lag import SACLag
 
@@ -29,6 +30,7 @@ __all__ = [
     "MlpPolicy",
     "MultiInputPolicy",
     "SACLag",
+    "constraint_verdict",
     "evaluate_policy",
 ]
 

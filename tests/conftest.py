@@ -50,6 +50,24 @@ class CostlyEnv(gym.Env):
         return self.state, float(np.sum(action)), False, False, {"cost": cost}
 
 
+class AnySpaceEnv(CostlyEnv):
+    """Random observations of a space."""
+
+    action_space = spaces.Box(np.array([[-2.0], [0.0]], dtype=np.float32), np.array([[2.0], [30.0]], dtype=np.float32))
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        super().__init__()
+        self.observation_space = observation_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        _, reward, _, _, info = super().step(action)
+        return self.observation_space.sample(), reward, False, False, info
+
+
 class BrokenEnv(CostlyEnv):
     """
     Goes wrong at its 30th step.

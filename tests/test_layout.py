@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "algd": {"common"},
     "sac_lag": {"common"},
     "envs": set(),
+    "export": {"common", "sb3_algd"},
     "plotting": set(),
     # It imports the module of a command when the command is given
     "cli": {"sb3_algd"},

@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.common.evaluation import CostCounter, cost_discount
+from sb3_algd.common.verdict import constraint_verdict
 
 if TYPE_CHECKING:
     from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
@@ -54,6 +55,9 @@ class CostEvalCallback(EvalCallback):
     :param log_path: Folder of ``evaluations.npz``
     :param best_model_save_path: Folder of ``best_model.zip``
     :param deterministic: Whether the evaluation uses deterministic actions
+    :param confidence: If given, a model counts as feasible only if the upper bound of its expected cost with this confidence
+        is within its limits, see :func:`~sb3_algd.common.verdict.constraint_verdict`. The bound takes the place of the mean
+        also where models that exceed their limits are compared. It needs more than the default number of episodes
     :param kwargs: Further keyword arguments of ``EvalCallback``
     """
 
@@ -69,8 +73,11 @@ class CostEvalCallback(EvalCallback):
         log_path: str | None = None,
         best_model_save_path: str | None = None,
         deterministic: bool = False,
+        confidence: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if confidence is not None and not 0.0 < confidence < 1.0:
+            raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
         super().__init__(
             eval_env,
             callback_on_new_best,
@@ -82,6 +89,7 @@ class CostEvalCallback(EvalCallback):
             deterministic,
             **kwargs,
         )
+        self.confidence = confidence
         self._new_best_callback = callback_on_new_best
         self.evaluations_costs: list[np.ndarray] = []
         #: By how much the best model so far exceeds its limits, 0 if it is feasible
@@ -137,7 +145,13 @@ class CostEvalCallback(EvalCallback):
         costs = np.mean(self._counter.episode_costs, axis=0)
         for i, cost in enumerate(costs):
             self.logger.record("eval/mean_ep_cost" if len(costs) == 1 else f"eval/mean_ep_cost_{i}", float(cost))
-        excess = relative_excess(costs, np.asarray(self.model.cost_limit))
+        limits = np.asarray(self.model.cost_limit)
+        finished = len(self._counter.episode_costs) == self.n_eval_episodes
+        if self.confidence is not None and finished:
+            costs = constraint_verdict(self._counter.episode_costs, limits, self.confidence).upper
+            for i, cost in enumerate(costs):
+                self.logger.record("eval/upper_ep_cost" if len(costs) == 1 else f"eval/upper_ep_cost_{i}", float(cost))
+        excess = relative_excess(costs, limits)
         self._violation = float(np.sum(np.maximum(excess, 0.0)))
         self.logger.record("eval/feasible", int(self._violation == 0.0))
         # What it does with a good model, stopping for instance, must not happen with an infeasible one

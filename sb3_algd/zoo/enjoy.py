@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.episode_costs import EpisodeCostTracker, read_costs
 from sb3_algd.common.evaluation import cost_discount
+from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import (
     agents_to_show,
@@ -77,14 +78,18 @@ class EpisodeCounter(VecEnvWrapper):
             f"Return: {np.mean(self.returns):.2f} +/- {np.std(self.returns):.2f}",
         ]
         unit = " (discounted)" if self.model.cost_limit_discounted else ""
-        for i, limit in enumerate(limits):
+        verdict = constraint_verdict(costs, limits)
+        for i, (limit, outcome) in enumerate(zip(limits, verdict.each, strict=True)):
             mean, std = costs[:, i].mean(), costs[:, i].std()
             name = f"Cost{unit}" if len(limits) == 1 else f"Cost {i}{unit}"
             n_within = int(np.sum(costs[:, i] <= limit))
-            verdict = "the limit holds" if mean <= limit else "OVER the limit"
             lines.append(
-                f"{name}: {mean:.2f} +/- {std:.2f}, limit {limit:g}: {verdict} (in {n_within} of {len(costs)} episodes)"
+                f"{name}: {mean:.2f} +/- {std:.2f} ({verdict.confidence:.0%} confidence: {verdict.lower[i]:.2f} to "
+                f"{verdict.upper[i]:.2f}), limit {limit:g}: {outcome} ({n_within} of {len(costs)} episodes within)"
             )
+        needed = verdict.episodes_needed
+        if needed:
+            lines.append(f"About {needed} more episodes are needed for a verdict.")
         return "\n".join(lines)
 
 
