@@ -14,7 +14,7 @@ SOURCES := sb3_algd benchmarks tests setup.py
 help:
 	@echo "make train            train ALGD on a safety task (10 minutes), leaves model, CSV and figure in runs/"
 	@echo "make pytest           run the tests"
-	@echo "make faults           kill runs and damage their files, 312 faults (20 minutes); a short form is among the tests"
+	@echo "make faults           kill runs and damage their files, 312 faults (20 to 30 minutes); a short form is among the tests"
 	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (10 minutes)"
 	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
 	@echo "make type lint check-codestyle format commit-checks"

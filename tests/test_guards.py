@@ -330,7 +330,7 @@ class SpoilActor(BaseCallback):
     def _on_step(self) -> bool:
         if self.num_timesteps == 35:
             with th.no_grad():
-                for parameter in self.model.policy.actor.parameters():  # type: ignore[union-attr, operator]
+                for parameter in self.model.policy.actor.parameters():  # type: ignore[union-attr]
                     parameter.fill_(th.nan)
         return True
 
@@ -350,7 +350,7 @@ def test_an_action_that_is_not_finite_is_the_policys_fault(monkeypatch: pytest.M
 
 def test_bounds_without_width_are_refused(algorithm: Algorithm) -> None:
     env = make_env()
-    env.unwrapped.action_space = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 0]))
+    env.unwrapped.action_space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))
     with pytest.raises(ValueError, match="`action_space` must have low < high in every dimension"):
         make_model_of(algorithm, env)
 
