@@ -35,6 +35,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_algd import ALGD
@@ -129,7 +130,8 @@ def result_of(model: ALGD) -> str:
         digest.update(getattr(model.replay_buffer, name)[:size].tobytes())
     normalize = model.get_vec_normalize_env()
     if normalize is not None:
-        digest.update(pickle.dumps((normalize.obs_rms.mean.tobytes(), float(normalize.ret_rms.var))))  # type: ignore[attr-defined]
+        assert isinstance(normalize.obs_rms, RunningMeanStd)
+        digest.update(pickle.dumps((normalize.obs_rms.mean.tobytes(), float(normalize.ret_rms.var))))
     digest.update(f"{model.num_timesteps} {model._n_updates}".encode())
     return digest.hexdigest()
 
@@ -212,16 +214,16 @@ class FileEvents:
 
     def watch(self) -> None:
         """Begin, for the rest of this process."""
-        write, fsync = checkpoint_files._Hashing.write, os.fsync
+        events, write, fsync = self, checkpoint_files._Hashing.write, os.fsync
 
-        def half_write(hashing: Any, data: Any) -> int:
-            if self.event("write"):
-                hashing._file.write(bytes(memoryview(data).cast("B"))[: memoryview(data).nbytes // 2])
-                hashing._file.flush()
-                self.happen()
-            return write(hashing, data)
+        def half_write(self: Any, data: Any) -> int:
+            if events.event("write"):
+                self._file.write(bytes(memoryview(data).cast("B"))[: memoryview(data).nbytes // 2])
+                self._file.flush()
+                events.happen()
+            return write(self, data)
 
-        def watched_fsync(file: int) -> None:
+        def watched_fsync(file: Any) -> None:
             if self.event("fsync"):
                 self.happen()
             fsync(file)
@@ -232,7 +234,7 @@ class FileEvents:
             if inside and (writes or name in ("os.rename", "os.remove")) and self.event(name):
                 self.happen()
 
-        checkpoint_files._Hashing.write = half_write  # type: ignore[assignment]
+        checkpoint_files._Hashing.write = half_write  # type: ignore[method-assign]
         os.fsync = watched_fsync  # type: ignore[assignment]
         sys.addaudithook(audit)
 
