@@ -28,6 +28,7 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
 from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
 from sb3_algd.common.checkpoint_files import MANIFEST, read_manifest
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.common.evaluation import describe_evaluation
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
@@ -134,7 +135,8 @@ def train(
     model: BaseAlgorithm
     if checkpoint is not None and (checkpoint / MANIFEST).exists():
         print(f"{curve}: goes on from step {read_manifest(checkpoint)['num_timesteps']}", flush=True)
-        model = resume(checkpoint, env, callbacks, progress_bar=progress_bar, device=device)
+        assert issubclass(model_class, ConstrainedOffPolicyAlgorithm)
+        model = resume(checkpoint, env, callbacks, progress_bar=progress_bar, device=device, model_class=model_class)
     else:
         model = model_class(policy, env, seed=seed, device=device, **(model_kwargs or {}))
         if log_folder is not None:

@@ -97,6 +97,8 @@ class CostEvalCallback(EvalCallback):
         self._best_reward = self.best_mean_reward
 
     def _init_callback(self) -> None:
+        # The last evaluation may have left it out
+        self.callback_on_new_best = self._new_best_callback
         super()._init_callback()
         if not hasattr(self.model, "cost_limit"):
             raise ValueError(

@@ -223,7 +223,11 @@ class ConstraintSetting:
         self.name = name
 
     def __get__(self, model: Any, owner: type | None = None) -> Any:
-        return self if model is None else model.__dict__[self.name]
+        if model is None:
+            return self
+        if self.name not in model.__dict__:
+            raise AttributeError(self.name)
+        return model.__dict__[self.name]
 
     def __set__(self, model: Any, value: Any) -> None:
         before = dict(model.__dict__)

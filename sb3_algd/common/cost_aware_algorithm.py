@@ -95,6 +95,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
     def _setup_constraint(self) -> None:
         """Settle limit, horizon and budget, from the arguments or from what the environment declares."""
         # At loading: what is as it was saved was not given anew
+        self._warned_of_no_cost = False
         loaded = {name: value for name, value in self._settled.items() if np.array_equal(getattr(self, name), value)}
         self._settle_constraint()
         self._compare_constraint(loaded)
@@ -127,17 +128,17 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         self.cost_budget = limits * self._budget_factor
         if self._cost_tracker is not None:
             self._cost_tracker.cost_gamma = self.cost_gamma
-        if self.replay_buffer is not None:
-            self.replay_buffer.cost_key = self.cost_key
-            if isinstance(self.replay_buffer, CostNStepReplayBuffer):
-                self.replay_buffer.cost_gamma = self.cost_gamma
+        buffer = getattr(self, "replay_buffer", None)  # the user may have deleted it
+        if buffer is not None:
+            if buffer.cost_key != self.cost_key:
+                # That nothing is found under it has to be said anew
+                buffer.cost_reported = self._warned_of_no_cost = False
+            buffer.cost_key = self.cost_key
+            if isinstance(buffer, CostNStepReplayBuffer):
+                buffer.cost_gamma = self.cost_gamma
 
     def _compare_constraint(self, in_force: dict[str, Any]) -> None:
-        """
-        Warn if the environment declares another constraint than the one before.
-
-        :param in_force: Limit, unit and horizon, where they come from the environment before or from its model
-        """
+        """Warn if the environment declares another constraint than before, where the model keeps the values in force."""
         if self.env is None:
             return
         declared = declared_constraint(self.env)

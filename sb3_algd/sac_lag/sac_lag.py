@@ -247,6 +247,6 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
         if not self._learns_ent_coef:
-            # It follows from the argument, which may be given anew to load()
+            # It follows from the argument, which may be given anew to load(), a fixed one for a fixed one
             return state_dicts, variables
         return [*state_dicts, "ent_coef_optimizer"], [*variables, "log_ent_coef"]
