@@ -73,7 +73,7 @@ class Episodes:
         policy = self.model.policy
         with th.no_grad():
             scaled = th.as_tensor(policy.scale_action(actions), dtype=th.float32)
-            costs = self.model.cost_critic(policy.obs_to_tensor(observations)[0], scaled)
+            costs = self.model.cost_critic(policy.obs_to_tensor(observations)[0], scaled) * self.model.units.returns[1:]
         self._expected = costs.mean(dim=0).squeeze(-1)
         self._risk = estimate_risk(costs, self.model.cost_risk_coef).squeeze(-1)
 

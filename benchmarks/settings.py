@@ -89,7 +89,7 @@ def cost_gamma(settings: Settings) -> float | None:
     env = gym.make(settings.task)
     discounted = getattr(env.unwrapped, "cost_limit_discounted", False)
     env.close()
-    return inspect.signature(ALGD).parameters["cost_gamma"].default if discounted else 1.0
+    return inspect.signature(ALGD).parameters["cost_limit_gamma"].default if discounted else 1.0
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

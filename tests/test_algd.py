@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_algd import ALGD
-from tests.conftest import SMALL, make_env, make_model, weights
+from tests.conftest import PAPER, SMALL, make_env, make_model, weights
 
 
 def plain_critics(critic: Any, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
@@ -101,8 +101,9 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
         guidance_coef=0.8,
         score_coef=0.3,
         # One for all, or one per constraint
-        rho=0.5 if n_costs == 1 else [0.5, 1.0, 0.2],
+        **{**PAPER, "rho": 0.5 if n_costs == 1 else [0.5, 1.0, 0.2]},
     )
+    model._acts.fill_(1.0)
     obs = th.randn(32, 3)
     with th.no_grad():
         for weight in model.cost_critic.weights:
@@ -115,13 +116,13 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
             "somewhere": risk.median(dim=0).values,
             "everywhere": risk.min() - 9,
         }
-        model.lagrange_multiplier.parameter.fill_(0.3)
+        model.lagrange_multiplier.value.fill_(0.3)
         model._budget.copy_(threshold[active] + model.lagrange_multiplier.value / th.as_tensor(model.rho))
     th.manual_seed(5)
     energy, score_loss, gradients = plain_policy_gradients(model, obs, temperature=0.7, n_samples=5)
     critics_before = [parameter.clone() for parameter in [*model.critic.parameters(), *model.cost_critic.parameters()]]
     th.manual_seed(5)
-    loss, metrics, policy_risk = model._actor_loss(obs)
+    loss, metrics, policy_risk, _ = model._actor_loss(obs)
     loss.backward()
     share = (risk > threshold[active]).float().mean().item()
     assert {"nowhere": share == 0.0, "somewhere": 0.2 < share < 0.8, "everywhere": share == 1.0}[active]
@@ -141,7 +142,9 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
 @pytest.mark.parametrize("n_costs", [1, 2])
 def test_critic_update_equals_a_plain_implementation(n_costs: int, diffusion: str) -> None:
     policy_kwargs = dict(SMALL, diffusion=diffusion)
-    model = make_model(make_env(n_costs), cost_limit=[2.0] * n_costs, gamma=0.9, cost_gamma=0.8, policy_kwargs=policy_kwargs)
+    model = make_model(
+        make_env(n_costs), cost_limit=[2.0] * n_costs, gamma=0.9, cost_gamma=0.8, policy_kwargs=policy_kwargs, normalize=False
+    )
     model.learn(20)  # fills the buffer, no update yet
     assert model.replay_buffer is not None
     model._set_cost_floor()
@@ -194,7 +197,7 @@ def test_score_gradient_through_the_chain_is_an_option() -> None:
     for through_chain in (False, True):
         model = make_model(guidance_coef=0.0, score_kwargs=dict(grad_through_chain=through_chain))
         th.manual_seed(0)
-        loss, _, _ = model._actor_loss(th.ones(16, 3))
+        loss, *_ = model._actor_loss(th.ones(16, 3))
         loss.backward()
         gradients.append(th.cat([p.grad.flatten() for p in model.actor.parameters() if p.grad is not None]))
     assert not th.allclose(gradients[0], gradients[1])
@@ -205,7 +208,8 @@ def test_score_gradient_through_the_chain_is_an_option() -> None:
     [
         dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
         dict(action_noise=NormalActionNoise(np.zeros(2), 0.1 * np.ones(2)), gradient_steps=-1, train_freq=(1, "episode")),
-        dict(rho=0.0, score_kwargs=dict(pairing="before"), multiplier_kwargs=dict(space="log")),
+        dict(rho=0.0, score_kwargs=dict(pairing="before"), multiplier_signal="buffer"),
+        PAPER,
         dict(policy_kwargs=dict(SMALL, n_critics=3, n_cost_critics=1, denoising_steps=1), score_kwargs=dict(n_samples=1)),
         dict(use_policy_at_warmup=True),
     ],

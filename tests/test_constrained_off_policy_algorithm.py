@@ -14,7 +14,7 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.batches import sample_batches
 from sb3_algd.common.buffers import CostReplayBufferSamples
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from tests.conftest import SMALL, Algorithm, make_env, make_model, make_model_of, same, weights
+from tests.conftest import PAPER, SMALL, Algorithm, make_env, make_model, make_model_of, same, weights
 
 
 def first_batch(model: ConstrainedOffPolicyAlgorithm, size: int = 16) -> CostReplayBufferSamples:
@@ -26,7 +26,7 @@ def first_batch(model: ConstrainedOffPolicyAlgorithm, size: int = 16) -> CostRep
 def test_expected_costs_are_no_lower_than_the_costs_seen_allow(
     bound: bool, lowest: float, expected: float, algorithm: Algorithm
 ) -> None:
-    model = make_model_of(algorithm, cost_gamma=0.9, bound_cost_targets=bound)
+    model = make_model_of(algorithm, cost_gamma=0.9, bound_cost_targets=bound, normalize=False)
     model.learn(20)  # fills the buffer, no update yet
     assert model.replay_buffer is not None
     with th.no_grad():
@@ -45,7 +45,7 @@ def test_expected_costs_are_no_lower_than_the_costs_seen_allow(
 @pytest.mark.parametrize("n_critics", [1, 4])
 def test_pessimistic_cost_targets(n_critics: int, algorithm: Algorithm) -> None:
     policy_kwargs = dict(net_arch=[8], n_cost_critics=n_critics)
-    model = make_model_of(algorithm, cost_gamma=0.9, cost_target_risk_coef=0.5, policy_kwargs=policy_kwargs)
+    model = make_model_of(algorithm, cost_gamma=0.9, cost_target_risk_coef=0.5, policy_kwargs=policy_kwargs, normalize=False)
     model.learn(20)
     assert model.replay_buffer is not None
     members = th.tensor([1.0, 2.0, 4.0, 9.0])[:n_critics, None, None]
@@ -74,19 +74,15 @@ def test_the_bound_of_expected_costs_follows_the_buffer() -> None:
     assert model._cost_floor.tolist() == [0.0, -float("inf")]
 
 
-@pytest.mark.parametrize("signal", ["buffer", "policy", "episodes"])
-def test_multiplier_is_updated_from_its_signal(signal: str, monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
-    model = make_model_of(algorithm, multiplier_signal=signal, multiplier_kwargs=dict(learning_rate=0.1))
+def test_the_papers_multiplier_is_updated_from_the_replay_buffers_risk(
+    monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm
+) -> None:
+    kwargs = dict(learning_rate=0.1)
+    model = make_model_of(algorithm, multiplier_signal="buffer", multiplier_kwargs=kwargs, constraint_start=0.0)
     model.learn(20)
-    high, low = th.tensor([1e3]), th.tensor([0.0])
     start = model.lagrange_multiplier.value.item()
-    if signal == "episodes":
-        assert model._cost_tracker is not None
-        model._cost_tracker.add(0, np.array([1e3]), True)
-    critic_losses, actor_loss = model._critic_losses, model._actor_loss
-    buffer_risk, policy_risk = (high if signal == name else low for name in ("buffer", "policy"))
-    monkeypatch.setattr(model, "_critic_losses", lambda batch: (*critic_losses(batch)[:2], buffer_risk))
-    monkeypatch.setattr(model, "_actor_loss", lambda observations: (*actor_loss(observations)[:2], policy_risk))
+    critic_losses = model._critic_losses
+    monkeypatch.setattr(model, "_critic_losses", lambda batch: (*critic_losses(batch)[:2], th.tensor([1e3])))
     model.train(1, 16)
     assert model.lagrange_multiplier.value.item() > start
 
@@ -108,6 +104,7 @@ def test_each_optimizer_follows_its_own_schedule(algorithm: Algorithm) -> None:
         learning_rate=1e-3,
         actor_learning_rate=lambda progress: 1e-2 * progress,
         cost_critic_learning_rate=2e-3,
+        multiplier_signal="buffer",
         multiplier_kwargs=dict(learning_rate=lambda progress: 0.5 * progress),
     )
     model.learn(40)
@@ -164,7 +161,7 @@ def test_divergence_stops_training_and_names_the_quantity(algorithm: Algorithm) 
         (
             dict(multiplier_signal="vibes"),
             ValueError,
-            "`multiplier_signal` must be 'episodes', 'buffer' or 'policy', got 'vibes'",
+            "`multiplier_signal` must be 'episodes' or 'buffer', got 'vibes'",
         ),
         (dict(rho=-1.0), ValueError, "`rho` must be a finite number"),
         (dict(target_update_interval=1.5), ValueError, "`target_update_interval` must be a whole number"),
@@ -174,7 +171,14 @@ def test_divergence_stops_training_and_names_the_quantity(algorithm: Algorithm) 
         (dict(episode_length=0), ValueError, "`episode_length` must be"),
         (dict(episode_length=2.5, cost_limit_discounted=True), ValueError, "`episode_length` must be"),
         (dict(policy_kwargs=dict(n_constraints=2)), ValueError, "follows from cost_limit"),
-        (dict(multiplier_kwargs=dict(init_value=0.0, space="log")), ValueError, "`init_value` must be > 0 in log space"),
+        (dict(multiplier_signal="buffer", multiplier_kwargs=dict(init_value=0.0)), ValueError, "`init_value` must be > 0"),
+        (dict(multiplier_kwargs=dict(init_value=20.0)), ValueError, "`init_value` must be at most `max_value`, 10"),
+        (
+            dict(multiplier_signal="buffer", multiplier_kwargs=dict(confidence=1.0)),
+            ValueError,
+            "`multiplier_kwargs` must have no",
+        ),
+        (dict(constraint_start=1.5), ValueError, "`constraint_start` must be a number in"),
     ],
 )
 def test_bad_arguments(kwargs: dict, error: type[Exception], message: str, algorithm: Algorithm) -> None:
@@ -189,7 +193,7 @@ def test_a_discrete_action_space_is_refused(algorithm: Algorithm) -> None:
 
 def test_the_logged_norm_is_that_of_the_actors_gradients(algorithm: Algorithm) -> None:
     model = make_model_of(algorithm, learning_starts=60).learn(60)
-    norm = model._update(first_batch(model), None)["policy_grad_norm"]
+    norm = model._update(first_batch(model))["policy_grad_norm"]
     gradients = [parameter.grad.flatten() for parameter in model.actor.parameters()]
     assert norm.item() == pytest.approx(th.linalg.vector_norm(th.cat(gradients)).item(), rel=1e-5)
 
@@ -213,10 +217,10 @@ class Readings(TorchDispatchMode):
     ("algorithm", "arguments"),
     [
         (ALGD, {}),
-        (ALGD, dict(policy_kwargs=dict(net_arch=[8], diffusion="ddpm"), multiplier_signal="policy", rho=0.0)),
-        (ALGD, dict(score_kwargs=dict(pairing="before"), multiplier_kwargs=dict(space="log"), multiplier_signal="buffer")),
+        (ALGD, dict(policy_kwargs=dict(net_arch=[8], diffusion="ddpm"), **PAPER)),
+        (ALGD, dict(score_kwargs=dict(pairing="before"), multiplier_signal="buffer", constraint_start=0.0)),
         (SACLag, {}),
-        (SACLag, dict(ent_coef=0.1, multiplier_signal="policy", rho=1.0)),
+        (SACLag, dict(ent_coef=0.1, **PAPER)),
     ],
 )
 def test_an_update_never_reads_from_the_device(
@@ -228,7 +232,7 @@ def test_an_update_never_reads_from_the_device(
     model = make_model_of(algorithm, learning_starts=60, **arguments).learn(60)
     batch = first_batch(model)
     with Readings() as readings:
-        model._update(batch, None)
+        model._update(batch)
     assert readings.found == []
 
 
@@ -241,7 +245,7 @@ def test_reduced_precision_rounds_the_update_but_keeps_single_precision_weights(
         )
         model.learn(60)
         batch = first_batch(model)
-        losses.append({name: value.numpy() for name, value in model._update(batch, None).items()})
+        losses.append({name: value.numpy() for name, value in model._update(batch).items()})
         assert all(value.dtype == th.float32 for value in weights(model).values())
         assert all(parameter.grad is not None for parameter in model.actor.parameters())
     assert losses[0]["critic_loss"] != losses[1]["critic_loss"]
@@ -262,7 +266,7 @@ def test_reduced_precision_sees_the_newest_critics(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(model, "_energy", noted)
     batch = first_batch(model)
-    model._update(batch, None)
+    model._update(batch)
     actions, during = energies[0]
     with th.autocast("cpu", th.bfloat16):
         # The critics have not changed since; the multiplier has, a little

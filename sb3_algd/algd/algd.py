@@ -141,12 +141,16 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         *,
         cost_limit: PerConstraint | None = None,
         cost_limit_discounted: bool | None = None,
+        cost_limit_gamma: float = 0.99,
         episode_length: int | None = None,
         cost_gamma: float = 0.99,
         cost_key: CostKey = "cost",
-        rho: PerConstraint = 1.0,
+        penalty: Literal["expectation", "pointwise"] = "expectation",
+        rho: PerConstraint = 0.2,
+        constraint_start: float = 0.2,
         multiplier_kwargs: dict[str, Any] | None = None,
-        multiplier_signal: Literal["episodes", "buffer", "policy"] = "episodes",
+        multiplier_signal: Literal["episodes", "buffer"] = "episodes",
+        normalize: bool = True,
         cost_risk_coef: float = 1.0,
         cost_target_risk_coef: float = 0.0,
         bound_cost_targets: bool = True,
@@ -186,10 +190,14 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
             device=device,
             cost_limit=cost_limit,
             cost_limit_discounted=cost_limit_discounted,
+            cost_limit_gamma=cost_limit_gamma,
             episode_length=episode_length,
             cost_gamma=cost_gamma,
             cost_key=cost_key,
+            penalty=penalty,
             rho=rho,
+            constraint_start=constraint_start,
+            normalize=normalize,
             multiplier_kwargs=multiplier_kwargs,
             multiplier_signal=multiplier_signal,
             cost_risk_coef=cost_risk_coef,
@@ -208,6 +216,37 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
+    @staticmethod
+    def paper_kwargs(safety_gym: bool = True) -> dict[str, Any]:
+        """
+        The paper's algorithm, as its released code has it: ``ALGD("DiffusionPolicy", env, **ALGD.paper_kwargs())``.
+
+        What stays different is listed in docs/method.md.
+
+        :param safety_gym: Whether the reward critics' targets end where a goal is met, as they do on the paper's
+            Safety Gym tasks
+        :return: Keyword arguments of the constructor
+        """
+        return dict(
+            learning_rate=3e-4,
+            learning_starts=5000,
+            tau=0.005,
+            gradient_steps=10,
+            target_update_interval=2,
+            replay_buffer_kwargs=dict(reward_cut_key="goal_met") if safety_gym else None,
+            policy_kwargs=dict(layer_norm=False),
+            penalty="pointwise",
+            rho=1.0,
+            constraint_start=0.0,
+            multiplier_signal="buffer",
+            normalize=False,
+            cost_gamma=0.99,
+            bound_cost_targets=False,
+            score_kwargs=dict(grad_through_chain=True),
+            use_policy_at_warmup=True,
+            policy_delay=1,
+        )
+
     def _check_arguments(self) -> None:
         super()._check_arguments()
         self._score_matching = ScoreMatching(**(self.score_kwargs or {}))
@@ -215,7 +254,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     def _next_actions(self, next_observations: PyTorchObs) -> tuple[th.Tensor, None]:
         return self.actor(next_observations), None
 
-    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor]:
+    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor, th.Tensor]:
         # The reverse process, with gradients through the whole chain, and a state somewhere along it
         denoiser, latents = self.actor.denoise(observations)
         actions = th.tanh(latents[-1])
@@ -225,7 +264,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         samples = self._score_matching.draw_samples(action_k.detach(), noise_std)
 
         # Row 0 holds the policy's actions, the others the score samples
-        energy, energy_grad, risk = self._energy(observations, th.cat([actions.detach().unsqueeze(0), samples]))
+        energy, energy_grad, risk, moments = self._energy(observations, th.cat([actions.detach().unsqueeze(0), samples]))
         # Guidance: has the gradient of the mean energy of the policy's actions, without another pass through the critics
         guidance_loss = (actions * energy_grad[0]).sum(dim=-1).mean()
         # Score matching: the network learns the score of the energy's blurred Boltzmann distribution
@@ -233,4 +272,4 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         score_loss = F.mse_loss(denoiser.score(action_k, step), target)
 
         metrics = {"energy": energy[0].mean(), "score_loss": score_loss.detach()}
-        return self.guidance_coef * guidance_loss + self.score_coef * score_loss, metrics, risk[0].mean(dim=0)
+        return self.guidance_coef * guidance_loss + self.score_coef * score_loss, metrics, risk[0].mean(dim=0), moments

@@ -161,17 +161,21 @@ ARGUMENTS: dict[str, Rule] = {
     # The constraint
     "cost_limit": optional(PER_CONSTRAINT),
     "cost_limit_discounted": optional(FLAG),
+    "cost_limit_gamma": number(0, 1, above=True),
     "episode_length": optional(whole(1)),
     "cost_gamma": number(0, 1, above=True),
     "cost_key": COST_KEY,
     "use_policy_at_warmup": FLAG,
     # The update
     "target_update_interval": whole(1),
+    "penalty": one_of("expectation", "pointwise"),
     "rho": PER_CONSTRAINT,
+    "constraint_start": number(0, 1),
+    "normalize": FLAG,
     "multiplier_kwargs": keywords(
-        init_value=PER_CONSTRAINT, learning_rate=SCHEDULE, max_value=number(0, above=True), space=one_of("projected", "log")
+        init_value=PER_CONSTRAINT, learning_rate=SCHEDULE, max_value=number(0, above=True), confidence=number(0)
     ),
-    "multiplier_signal": one_of("episodes", "buffer", "policy"),
+    "multiplier_signal": one_of("episodes", "buffer"),
     "cost_risk_coef": number(0),
     "cost_target_risk_coef": number(0),
     "bound_cost_targets": FLAG,

@@ -137,12 +137,13 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         """
 
     @abstractmethod
-    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor]:
+    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor, th.Tensor]:
         """
         The loss that the actor is trained with.
 
         :param observations: States
-        :return: The loss; scalars to be logged, detached; the risk of the policy's actions, shape (n_constraints,)
+        :return: The loss; scalars to be logged, detached; the risk of the policy's actions, shape (n_constraints,); what the
+            units of the energy follow from, see :class:`~sb3_algd.common.units.EnergyUnits`
         """
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:

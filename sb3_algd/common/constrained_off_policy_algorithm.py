@@ -14,24 +14,15 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_algd.common.batches import sample_batches, to_device
 from sb3_algd.common.buffers import CostReplayBufferSamples
-from sb3_algd.common.compilation import CompilingAlgorithm
-from sb3_algd.common.constraint import ConstraintSetting
 from sb3_algd.common.critics import EnsembleCritic
 from sb3_algd.common.guards import WeightsBackup
-from sb3_algd.common.lagrange import (
-    LagrangeMultiplier,
-    PerConstraint,
-    augmented_lagrangian,
-    estimate_risk,
-    penalty_slope,
-    per_constraint,
-    risk_slope,
-)
+from sb3_algd.common.lagrange import EpisodeController, LagrangeMultiplier, estimate_risk, risk_slope
+from sb3_algd.common.lagrangian_algorithm import LagrangianAlgorithm
 from sb3_algd.common.legacy import adopt_saved
-from sb3_algd.common.policies import ConstrainedPolicy, EnergyTerms
+from sb3_algd.common.policies import ConstrainedPolicy
 
 
-class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
+class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
     """
     Base class of off-policy algorithms that maximise the return subject to limits on the cost of an episode.
 
@@ -42,9 +33,6 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
 
     :param args: see :class:`~sb3_algd.ALGD`, as all that follow
     :param target_update_interval: see there
-    :param rho: see there
-    :param multiplier_kwargs: see there
-    :param multiplier_signal: see there
     :param cost_risk_coef: see there
     :param cost_target_risk_coef: see there
     :param bound_cost_targets: see there
@@ -62,15 +50,10 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
     cost_critic_target: EnsembleCritic
     action_space: spaces.Box
 
-    rho = ConstraintSetting()
-
     def __init__(
         self,
         *args: Any,
         target_update_interval: int,
-        rho: PerConstraint,
-        multiplier_kwargs: dict[str, Any] | None,
-        multiplier_signal: str,
         cost_risk_coef: float,
         cost_target_risk_coef: float,
         bound_cost_targets: bool,
@@ -81,9 +64,6 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.target_update_interval = target_update_interval
-        self.rho = rho
-        self.multiplier_kwargs = multiplier_kwargs
-        self.multiplier_signal = multiplier_signal
         self.cost_risk_coef = cost_risk_coef
         self.cost_target_risk_coef = cost_target_risk_coef
         self.bound_cost_targets = bound_cost_targets
@@ -134,15 +114,6 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         for name in ("actor", "critic", "critic_target", "cost_critic", "cost_critic_target"):
             setattr(self, name, getattr(self.policy, name))
 
-    def _setup_multiplier(self, loading: bool) -> None:
-        kwargs = {"learning_rate": 1e-4, **(self.multiplier_kwargs or {})}
-        self.multiplier_lr_schedule = FloatSchedule(kwargs.pop("learning_rate"))
-        if loading:
-            # The saved multipliers take its place
-            kwargs["init_value"] = min(1.0, kwargs.get("max_value", 1.0))
-        multiplier = LagrangeMultiplier(self.n_constraints, learning_rate=self.multiplier_lr_schedule(1), **kwargs)
-        self.lagrange_multiplier = multiplier.to(self.device)
-
     def _check_arguments(self) -> None:
         super()._check_arguments()
         if not isinstance(self.action_space, spaces.Box):
@@ -163,8 +134,6 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
 
     def _settle_constraint(self) -> None:
         super()._settle_constraint()
-        self._rho = th.as_tensor(per_constraint("rho", self.rho, self.n_constraints), dtype=th.float32, device=self.device)
-        self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
         # Shape (n_constraints,); no bound until _set_cost_floor() knows one
         self._cost_floor = th.full_like(self._budget, -np.inf)
 
@@ -188,7 +157,7 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         :return: See SB3
         """
         if self.policy.n_candidates > 1:
-            self.policy.energy_terms = EnergyTerms(self.lagrange_multiplier.value, self._budget, self._rho)
+            self.policy.energy_terms = self._energy_terms(self.units.moments)
         return super().predict(*args, **kwargs)
 
     # --- the update -------------------------------------------------------------------------------------------------------
@@ -206,13 +175,13 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         self._update_learning_rates()
         # Tensors are collected and read once at the end: reading each would wait for the device each time
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
-        episode_cost = self._episode_cost()
         self._set_cost_floor()
+        self._set_return_units()
 
         for batch in sample_batches(self.replay_buffer, gradient_steps, batch_size, self.device, self._vec_normalize_env):
             self._weights_backup.renew(self)
             self._n_updates += 1
-            for name, value in self._update(batch, episode_cost).items():
+            for name, value in self._update(batch).items():
                 logs[name].append(value)
             # Counted over the whole training, or an interval of 2 would never be met with one gradient step per call
             if self._n_updates % self.target_update_interval == 0:
@@ -221,12 +190,11 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         means = {name: th.stack(values).mean(dim=0) for name, values in logs.items()}
         self._log_training({**means, "multiplier": self.lagrange_multiplier.value})
 
-    def _update(self, batch: CostReplayBufferSamples, episode_cost: th.Tensor | None) -> dict[str, th.Tensor]:
+    def _update(self, batch: CostReplayBufferSamples) -> dict[str, th.Tensor]:
         """
         One update, without a look at any value.
 
         :param batch: Transitions
-        :param episode_cost: See :meth:`_episode_cost`
         :return: Losses, gradient norm and risks
         """
         precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self.reduced_precision)
@@ -242,15 +210,16 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         policy_risk = None
         if self._n_updates % self.policy_delay == 0:
             with precision():
-                actor_loss, actor_metrics, policy_risk = self._call("_actor_loss", batch.observations)
+                actor_loss, actor_metrics, policy_risk, moments = self._call("_actor_loss", batch.observations)
             self._minimize(actor_loss, self._actor_optimizers())
             gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
+            if self.normalize:
+                self.units.keep(moments)
             metrics.update(actor_metrics, policy_risk=policy_risk, policy_grad_norm=th.nn.utils.get_total_norm(gradients))
 
-        # Multipliers; None before the first episode has ended, and where the policy waits
-        signal = {"buffer": buffer_risk, "policy": policy_risk, "episodes": episode_cost}[self.multiplier_signal]
-        if signal is not None:
-            self.lagrange_multiplier.update(signal - self._budget)
+        # The paper's multiplier; the other one waits for the end of an episode
+        if isinstance(self.lagrange_multiplier, LagrangeMultiplier) and self._constraint_acts:
+            self.lagrange_multiplier.update(buffer_risk - self._budget)
         # The next update overwrites what CUDA graphs return
         return metrics if self.device.type == "cpu" else {name: value.clone() for name, value in metrics.items()}
 
@@ -274,26 +243,29 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
             if self.cost_target_risk_coef > 0.0 and len(next_costs) > 1:
                 next_costs = next_costs + self.cost_target_risk_coef * next_costs.std(dim=0)
             # A multiplier that pulls hard otherwise finds actions whose cost is underestimated, down to below zero
-            next_costs = th.maximum(next_costs, self._cost_floor)
-            targets = batch.rewards + (1 - batch.reward_dones) * discounts * next_values
+            scale, cost_scales = self.units.returns[:1], self.units.returns[1:]
+            next_costs = th.maximum(next_costs, self._cost_floor / cost_scales)
+            targets = batch.rewards / scale + (1 - batch.reward_dones) * discounts * next_values
             # Each member is trained against its own target
-            cost_targets = batch.costs + (1 - batch.terminations) * cost_discounts * next_costs
+            cost_targets = batch.costs / cost_scales + (1 - batch.terminations) * cost_discounts * next_costs
 
         # Sum over the reward critics of the mean squared error; over the cost critics the mean
         values = self.critic(batch.observations, batch.actions)
         critic_loss = (values - targets).square().mean(dim=(1, 2)).sum()
         cost_values = self.cost_critic(batch.observations, batch.actions)
         cost_critic_loss = F.mse_loss(cost_values, cost_targets)
-        return critic_loss, cost_critic_loss, estimate_risk(cost_values.detach(), self.cost_risk_coef).mean(dim=0)
+        risk = estimate_risk(cost_values.detach(), self.cost_risk_coef).mean(dim=0)
+        return critic_loss, cost_critic_loss, risk * cost_scales
 
-    def _energy(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def _energy(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """
         Augmented Lagrangian of several actions in the same states, and its gradient.
 
         :param observations: States, batch first
         :param actions: Shape (n, batch, action_dim)
         :return: Energy, shape (n, batch); gradient with respect to the actions, shape (n, batch, action_dim);
-            risk, shape (n, batch, n_constraints); all detached
+            risk, shape (n, batch, n_constraints); what the energy's units follow from, see
+            :meth:`~sb3_algd.common.units.EnergyUnits.measure`; all detached
         """
         with th.no_grad():
             critic = self.critic.bind(self.critic.features(observations))
@@ -301,23 +273,16 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
             values, cost_values = critic.values(actions), cost_critic.values(actions)
             risk = estimate_risk(cost_values, self.cost_risk_coef)
             value, which = values.min(dim=0, keepdim=True)
-            terms = self.lagrange_multiplier.value, self._budget, self._rho
-            energy = augmented_lagrangian(value.squeeze(0).squeeze(-1), risk, *terms)
+            value = value.squeeze(0).squeeze(-1)
+            moments = self.units.measure(actions, value, risk) if self.normalize else self.units.moments
+            terms = self._energy_terms(moments)
+            energy = terms.energy(value, risk)
             # The gradient by hand: a third of autograd's operations
-            value_slope = th.zeros_like(values).scatter_(0, which, -1.0)
-            cost_slope = penalty_slope(risk, *terms) * risk_slope(cost_values, self.cost_risk_coef)
+            value_gradient, risk_gradient = terms.gradients(risk)
+            value_slope = th.zeros_like(values).scatter_(0, which, 1.0) * value_gradient
+            cost_slope = risk_gradient * risk_slope(cost_values, self.cost_risk_coef)
             energy_grad = critic.action_gradient(value_slope) + cost_critic.action_gradient(cost_slope)
-        return energy, energy_grad, risk
-
-    def _episode_cost(self) -> th.Tensor | None:
-        """Mean cost of recent episodes, on the device; None if it does not drive the multipliers, or no episode has ended."""
-        if self.multiplier_signal != "episodes" or self._cost_tracker is None:
-            return None
-        cost = self._recent_cost()
-        if cost is None:
-            self._warn_no_episode()
-            return None
-        return to_device(th.as_tensor(cost, dtype=th.float32), self.device)
+        return energy, energy_grad, risk * self.units.returns[1:], moments
 
     def _set_cost_floor(self) -> None:
         """Note the least that a discounted sum of costs can be, as far as the replay buffer tells."""
@@ -337,8 +302,9 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
             **dict.fromkeys([self.critic.optimizer, *self._actor_optimizers()]),
             self.actor.optimizer: self.actor_lr_schedule,
             self.cost_critic.optimizer: self.cost_critic_lr_schedule,
-            self.lagrange_multiplier.optimizer: self.multiplier_lr_schedule,
         }
+        if isinstance(self.lagrange_multiplier, LagrangeMultiplier):
+            schedules[self.lagrange_multiplier.optimizer] = self.multiplier_lr_schedule
         for optimizer, schedule in schedules.items():
             update_learning_rate(optimizer, (schedule or self.lr_schedule)(progress))
 
@@ -378,6 +344,10 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         :param exact_match: See SB3
         :param device: See SB3
         """
+        if isinstance(load_path_or_dict, dict) and isinstance(self.lagrange_multiplier, EpisodeController):
+            # Of version 0.1.0
+            load_path_or_dict.pop("lagrange_multiplier.optimizer", None)
+            load_path_or_dict.setdefault("units", self.units.state_dict())
         super().set_parameters(load_path_or_dict, exact_match, device)
         # A divergence must not undo what was loaded
         self._weights_backup = WeightsBackup()
@@ -387,8 +357,6 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         return [
             *super()._excluded_save_params(),
             *networks,
-            "_rho",
-            "_budget",
             "_cost_floor",
             "_weights_backup",
             "_critic_function",
@@ -396,5 +364,5 @@ class ConstrainedOffPolicyAlgorithm(CompilingAlgorithm):
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        optimizers = ["actor.optimizer", "critic.optimizer", "cost_critic.optimizer", "lagrange_multiplier.optimizer"]
-        return ["policy", "lagrange_multiplier", *optimizers], []
+        multiplier, _ = super()._get_torch_save_params()
+        return ["policy", *multiplier, "actor.optimizer", "critic.optimizer", "cost_critic.optimizer"], []

@@ -41,6 +41,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
     :param args: Arguments of SB3's ``OffPolicyAlgorithm``
     :param cost_limit: see :class:`~sb3_algd.ALGD`, as all that follow
     :param cost_limit_discounted: see there
+    :param cost_limit_gamma: see there
     :param episode_length: see there
     :param cost_gamma: see there
     :param cost_key: see there
@@ -57,6 +58,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
     cost_limit = ConstraintSetting()
     cost_limit_discounted = ConstraintSetting()
     episode_length = ConstraintSetting()
+    cost_limit_gamma = ConstraintSetting()
     cost_gamma = ConstraintSetting()
     cost_key = ConstraintSetting()
 
@@ -65,6 +67,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         *args: Any,
         cost_limit: Any,
         cost_limit_discounted: bool | None,
+        cost_limit_gamma: float,
         episode_length: int | None,
         cost_gamma: float,
         cost_key: Any,
@@ -74,6 +77,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         super().__init__(*args, **{"sde_support": False, "support_multi_env": True, **kwargs})
         self.cost_limit = cost_limit
         self.cost_limit_discounted = cost_limit_discounted
+        self.cost_limit_gamma = cost_limit_gamma
         self.episode_length = episode_length
         self.cost_gamma = cost_gamma
         self.cost_key = cost_key
@@ -100,7 +104,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         self._settle_constraint()
         self._compare_constraint(loaded)
         if self.verbose >= 1:
-            unit = f"discounted with {self.cost_gamma:g}" if self.cost_limit_discounted else "plain sum"
+            unit = f"discounted with {self.cost_limit_gamma:g}" if self.cost_limit_discounted else "plain sum"
             print(
                 f"Cost limit per episode ({unit}): {self.cost_limit.tolist()}, horizon: {self.episode_length} steps, "
                 f"budget of the cost critics: {self.cost_budget.tolist()}"
@@ -119,19 +123,18 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         elif self.episode_length is None and not discounted:
             self._horizon_check = HorizonCheck()
         episode_length = settle_episode_length(self.episode_length, self.env, warn=not discounted)
-        # Computed in any case: it also checks horizon and discount factor
-        factor = budget_per_unit_cost(episode_length, self.cost_gamma)
+        # Computed in any case: it also checks horizon and discount factors
+        factor, in_limit = (budget_per_unit_cost(episode_length, gamma) for gamma in (self.cost_gamma, self.cost_limit_gamma))
         self._settled = {"cost_limit": limits, "cost_limit_discounted": discounted, "episode_length": episode_length}
         self.__dict__.update(self._settled)
         self.n_constraints = len(limits)
-        self._budget_factor = 1.0 if discounted else factor
+        self._budget_factor = factor / in_limit if discounted else factor
         self.cost_budget = limits * self._budget_factor
         if self._cost_tracker is not None:
-            self._cost_tracker.cost_gamma = self.cost_gamma
+            self._cost_tracker.cost_gamma = self.cost_limit_gamma
         buffer = getattr(self, "replay_buffer", None)  # the user may have deleted it
         if buffer is not None:
-            if buffer.cost_key != self.cost_key:
-                # That nothing is found under it has to be said anew
+            if buffer.cost_key != self.cost_key:  # that nothing is found under it has to be said anew
                 buffer.cost_reported = self._warned_of_no_cost = False
             buffer.cost_key = self.cost_key
             if isinstance(buffer, CostNStepReplayBuffer):
@@ -157,9 +160,9 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         self._compare_constraint(self._settled)
 
     def _recent_cost(self) -> np.ndarray | None:
-        """Mean cost of each environment's last episodes, in the budget's unit, shape (n_constraints,), None before one."""
-        cost = None if self._cost_tracker is None else self._cost_tracker.recent_cost(self.cost_limit_discounted)
-        return None if cost is None else self._budget_factor * cost
+        """Mean cost of the last episodes, in the budget's unit, shape (n_constraints,), None before one has ended."""
+        costs = None if self._cost_tracker is None else self._cost_tracker.recent_costs(self.cost_limit_discounted)
+        return None if costs is None or len(costs) == 0 else self._budget_factor * costs.mean(axis=0)
 
     @property
     def ep_cost_buffer(self) -> deque[np.ndarray]:
@@ -240,7 +243,9 @@ class CostAwareAlgorithm(CheckedAlgorithm):
                 # Or n-step sums would run on into the episodes that start now
                 self.replay_buffer.end_episodes()
         if self._cost_tracker is None or reset_num_timesteps:
-            self._cost_tracker = EpisodeCostTracker(self.n_envs, self.n_constraints, self.cost_gamma, self._stats_window_size)
+            self._cost_tracker = EpisodeCostTracker(
+                self.n_envs, self.n_constraints, self.cost_limit_gamma, self._stats_window_size
+            )
         elif environments_reset:
             self._cost_tracker.start_episodes(self.n_envs)
         if self.device.type == "cpu" and keep_freed_memory() and self.verbose >= 1:
@@ -334,17 +339,6 @@ class CostAwareAlgorithm(CheckedAlgorithm):
                 f"The environment reported no cost (info[{self.cost_key!r}]) so far: a missing cost is treated as 0, so the "
                 "constraint never binds. Name the right key with cost_key=..., or use an algorithm without constraints."
             )
-
-    def _warn_no_episode(self) -> None:
-        """Warn once if an episode should have ended by now."""
-        if self._warned_of_no_episode or self._steps_without_episode <= 2 * self.n_envs * self.episode_length:
-            return
-        self._warned_of_no_episode = True
-        warn_user(
-            f"No episode has ended in {self._steps_without_episode} steps, so the Lagrange multiplier is not updated "
-            f"(multiplier_signal='episodes'; the horizon is {self.episode_length} steps). Wrap the environment in a "
-            "gymnasium.wrappers.TimeLimit, call learn() with reset_num_timesteps=False, or use multiplier_signal='policy'."
-        )
 
     def learn(
         self: SelfCostAware,

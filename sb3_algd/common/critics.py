@@ -89,6 +89,12 @@ class EnsembleCritic(BaseModel):
             self.weights.append(weight)
             self.biases.append(nn.Parameter(th.zeros(n_critics, 1, fan_out)))
 
+    @th.no_grad()
+    def rescale(self, factor: th.Tensor) -> None:
+        """:param factor: What all values are multiplied by from now on, shape (n_outputs,)."""
+        self.weights[-1].mul_(factor)
+        self.biases[-1].mul_(factor)
+
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: Observations

@@ -9,8 +9,8 @@ import numpy as np
 #: Where a step's cost is found: a key of ``info``, or a function of it that gives a number or one number per constraint
 CostKey = str | Callable[[dict[str, Any]], Any]
 
-#: How many recent episodes of each environment the multiplier is updated from
-RECENT_EPISODES = 5
+#: How many recent episodes the multiplier is updated from, more where there are more environments
+RECENT_EPISODES = 10
 
 
 def read_cost(info: dict[str, Any], cost_key: CostKey) -> np.ndarray | None:
@@ -88,8 +88,8 @@ class EpisodeCostTracker:
         self.discounted_costs: deque[np.ndarray] = deque(maxlen=window)
         self.total_cost = np.zeros(n_constraints)
         self.total_steps = 0
-        #: For each environment the plain and the discounted costs of its last episodes, whatever ``window`` is
-        self._recent: list[deque[tuple[np.ndarray, np.ndarray]]] = []
+        #: Plain and discounted costs of the last episodes, whatever ``window`` is
+        self._recent: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self.start_episodes(n_envs)
 
     def start_episodes(self, n_envs: int) -> None:
@@ -101,7 +101,7 @@ class EpisodeCostTracker:
         self._running = np.zeros((n_envs, self.n_constraints))
         self._running_discounted = np.zeros((n_envs, self.n_constraints))
         self._discount = np.ones((n_envs, 1))
-        self._recent = [*self._recent, *(deque(maxlen=RECENT_EPISODES) for _ in range(n_envs))][:n_envs]
+        self._recent = deque(self._recent, maxlen=max(RECENT_EPISODES, n_envs))
 
     def widen(self, n_constraints: int) -> None:
         """
@@ -118,10 +118,9 @@ class EpisodeCostTracker:
             zeros = [np.zeros(n_constraints) for _ in episodes]
             episodes.clear()
             episodes.extend(zeros)
-        for recent in self._recent:
-            pairs = [(np.zeros(n_constraints), np.zeros(n_constraints)) for _ in recent]
-            recent.clear()
-            recent.extend(pairs)
+        pairs = [(np.zeros(n_constraints), np.zeros(n_constraints)) for _ in self._recent]
+        self._recent.clear()
+        self._recent.extend(pairs)
 
     def update(self, costs: np.ndarray, dones: np.ndarray) -> None:
         """
@@ -150,20 +149,19 @@ class EpisodeCostTracker:
             episode = self._running[index].copy(), self._running_discounted[index].copy()
             self.episode_costs.append(episode[0])
             self.discounted_costs.append(episode[1])
-            self._recent[index].append(episode)
+            self._recent.append(episode)
             self._running[index] = 0.0
             self._running_discounted[index] = 0.0
             self._discount[index] = 1.0
 
-    def recent_cost(self, discounted: bool) -> np.ndarray | None:
+    def recent_costs(self, discounted: bool) -> np.ndarray:
         """
-        Mean cost of the last episodes of every environment.
+        Costs of the last episodes.
 
         :param discounted: Whether the discounted sums count.
-        :return: Shape (n_c,), None before an episode has ended.
+        :return: Shape (n, n_c), without rows before an episode has ended.
         """
-        episodes = [episode[int(discounted)] for recent in self._recent for episode in recent]
-        return np.mean(episodes, axis=0) if episodes else None
+        return np.array([episode[int(discounted)] for episode in self._recent]).reshape(-1, self.n_constraints)
 
     @property
     def cost_rate(self) -> np.ndarray:

@@ -19,7 +19,7 @@ def cost_discount(model: Any) -> float:
     :return: The discount factor with which costs are summed up in the unit of the model's limit: 1 unless the limit is a
         discounted sum.
     """
-    return model.cost_gamma if getattr(model, "cost_limit_discounted", False) else 1.0
+    return model.cost_limit_gamma if getattr(model, "cost_limit_discounted", False) else 1.0
 
 
 class CostCounter:

@@ -6,7 +6,7 @@ Shapes: ``n_c`` is the number of constraints, ``E`` the number of cost critics, 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch as th
@@ -85,19 +85,54 @@ def augmented_lagrangian(
     return th.where(active, penalty, -multiplier.square() / (2.0 * rho)).sum(dim=-1) - reward_value
 
 
+class EnergyTerms(NamedTuple):
+    """
+    All that makes an energy of values and risks: :func:`augmented_lagrangian` in units of its own.
+
+    :param multiplier: :math:`\\lambda`, shape (n_c,).
+    :param budget: :math:`h`, in the unit of the risk, shape (n_c,).
+    :param rho: Penalty coefficients, shape (n_c,).
+    :param slopes: What value and risks are divided by, shape (1 + n_c,).
+    :param weight: What the energy is multiplied by, scalar.
+    """
+
+    multiplier: th.Tensor
+    budget: th.Tensor
+    rho: th.Tensor
+    slopes: th.Tensor
+    weight: th.Tensor
+
+    def energy(self, value: th.Tensor, risk: th.Tensor) -> th.Tensor:
+        """
+        :param value: Shape (...).
+        :param risk: Shape (..., n_c).
+        :return: Energy, shape (...).
+        """
+        unit, units = self.slopes[0], self.slopes[1:]
+        terms = self.multiplier, self.budget / units, self.rho
+        return self.weight * augmented_lagrangian(value / unit, risk / units, *terms)
+
+    def gradients(self, risk: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param risk: Shape (..., n_c).
+        :return: Gradients of the energy with respect to the value, a scalar, and to the risk, shape (..., n_c).
+        """
+        unit, units = self.slopes[0], self.slopes[1:]
+        slope = penalty_slope(risk / units, self.multiplier, self.budget / units, self.rho)
+        return -self.weight / unit, self.weight / units * slope
+
+
 class LagrangeMultiplier(nn.Module):
     """
-    One multiplier :math:`\\lambda_i` per constraint, updated by dual gradient ascent with its own Adam optimizer.
+    The paper's multipliers: one :math:`\\lambda_i = e^{\\theta_i}` per constraint, updated by dual gradient ascent with an Adam
+    optimizer of its own.
 
     ``model.save`` and ``model.load`` keep the multipliers and the state of ``optimizer`` exactly.
 
     :param n_constraints: Number of constraints n_c.
-    :param init_value: Initial value of the multipliers, one for all or one per constraint, > 0 in log space
-        (0.6931 is the paper's).
+    :param init_value: Initial value of the multipliers, > 0, one for all or one per constraint (0.6931 is the paper's).
     :param learning_rate: Initial learning rate (the paper's is 3e-4).
     :param max_value: Upper bound; a multiplier above it is clamped to it.
-    :param space: ``"projected"`` (:math:`\\lambda` itself, projected onto [0, max_value]) or ``"log"``
-        (the paper's: :math:`\\lambda = e^\\theta`, multiplicative steps).
     :raises ValueError: If the initial value or the bound make no sense.
     """
 
@@ -105,62 +140,133 @@ class LagrangeMultiplier(nn.Module):
         self,
         n_constraints: int = 1,
         init_value: PerConstraint = 0.6931,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 3e-4,
         max_value: float = 100.0,
-        space: Literal["log", "projected"] = "projected",
     ) -> None:
         super().__init__()
-        start = per_constraint("init_value", init_value, n_constraints)
-        if start.max() > max_value:
-            raise ValueError(f"`init_value` must be at most `max_value`, {max_value:g}, got {init_value!r}.")
-        if space == "log" and start.min() == 0.0:
-            raise ValueError(f"`init_value` must be > 0 in log space, got {init_value!r}: or use the projected space.")
-        self.space = space
+        start = check_initial(init_value, max_value, n_constraints)
+        if start.min() == 0.0:
+            raise ValueError(
+                f"`init_value` must be > 0, because the paper's multiplier moves in log space, got {init_value!r}."
+            )
         self.max_value = max_value
-        self.parameter = nn.Parameter(th.as_tensor(np.log(start) if space == "log" else start, dtype=th.float32))
-        #: Kept with the parameter, which means nothing without it
-        self.register_buffer("in_log_space", th.tensor(float(space == "log")))
+        self.parameter = nn.Parameter(th.as_tensor(np.log(start), dtype=th.float32))
         self.optimizer = th.optim.Adam([self.parameter], lr=learning_rate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Version 0.1.0 has saved the parameter alone
-        in_log_space = bool(state_dict.setdefault(f"{prefix}in_log_space", th.tensor(float(self.space == "log"))))
-        if in_log_space != (self.space == "log"):
-            saved_space = "log" if in_log_space else "projected"
-            raise ValueError(
-                f"`space` must be {saved_space!r}, as the multiplier was saved, got {self.space!r} (see multiplier_kwargs)."
-            )
-        saved = state_dict[f"{prefix}parameter"]
-        highest = float((saved.exp() if in_log_space else saved).max())
-        # The exponential of the bound's logarithm may be a little more than the bound
-        if highest > self.max_value * (1 + 1e-5):
-            raise ValueError(f"`max_value` must be at least {highest:g}, the saved multiplier, got {self.max_value:g}.")
+        parameter = state_dict.get(f"{prefix}parameter")
+        saved = saved_multiplier(state_dict, prefix)
+        if saved is not None and parameter is not None:
+            # The exponential of the bound's logarithm may be a little more than the bound
+            check_saved(saved, self.max_value * (1 + 1e-5))
+            state_dict[f"{prefix}parameter"] = saved.log() if saved is parameter else parameter
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def value(self) -> th.Tensor:
         """The multipliers, detached, shape (n_c,)."""
-        parameter = self.parameter.detach()
-        return parameter.exp() if self.space == "log" else parameter
+        return self.parameter.detach().exp()
 
-    def update(self, violation: th.Tensor) -> th.Tensor:
+    def update(self, violation: th.Tensor) -> None:
         """
         One step of dual ascent: a multiplier rises where its constraint is violated and falls where there is slack.
 
         :param violation: :math:`risk_i - h_i`, shape (n_c,).
-        :return: The loss before the step, detached, scalar: :math:`\\sum_i \\lambda_i (h_i - risk_i)`.
         """
-        current = self.value.clone()
-        violation = violation.detach().to(self.parameter).expand_as(self.parameter)
-        # The gradient of the loss by hand: d lambda / d theta is lambda in log space, 1 in projected space
-        self.parameter.grad = -(current * violation if self.space == "log" else violation)
+        # The gradient of the loss lambda (h - risk) by hand: d lambda / d theta is lambda
+        self.parameter.grad = -(self.value * violation.detach().to(self.parameter).expand_as(self.parameter))
         self.optimizer.step()
         with th.no_grad():
-            if self.space == "log":
-                self.parameter.clamp_(max=float(np.log(self.max_value)))
-            else:
-                self.parameter.clamp_(min=0.0, max=self.max_value)
-        return -(current * violation).sum()
+            self.parameter.clamp_(max=float(np.log(self.max_value)))
+
+
+class EpisodeController(nn.Module):
+    """
+    One multiplier per constraint, updated once per finished episode from what recent episodes have cost: dual ascent on the
+    relative violation with a proportional part (PID Lagrangian, arXiv 2007.03964, without the derivative),
+
+    .. math::
+        \\lambda \\leftarrow [\\lambda + \\eta\\, v]_0^{max}, \\quad value = [\\lambda + \\rho\\, v]_0^{max}, \\quad
+        v = (J - d) / d \\in [-1, 1].
+
+    It does not depend on how many updates are made, nor on the unit of the costs.
+
+    :param n_constraints: Number of constraints n_c.
+    :param init_value: Initial value of the multipliers, one for all or one per constraint.
+    :param learning_rate: Step :math:`\\eta` per episode and relative violation.
+    :param max_value: Upper bound. The integral stops there too (anti-windup).
+    :param confidence: J is the mean of recent episodes plus so many standard errors.
+    """
+
+    integral: th.Tensor
+    value: th.Tensor
+
+    def __init__(
+        self,
+        n_constraints: int = 1,
+        init_value: PerConstraint = 0.0,
+        learning_rate: float = 0.1,
+        max_value: float = 10.0,
+        confidence: float = 1.0,
+    ) -> None:
+        super().__init__()
+        start = check_initial(init_value, max_value, n_constraints)
+        self.max_value = max_value
+        self.learning_rate = learning_rate
+        self.confidence = confidence
+        self.register_buffer("integral", th.as_tensor(start, dtype=th.float64))
+        #: The multipliers, shape (n_c,)
+        self.register_buffer("value", th.as_tensor(start, dtype=th.float32))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = saved_multiplier(state_dict, prefix)
+        if saved is not None:
+            state_dict.update({f"{prefix}integral": saved, f"{prefix}value": saved})
+        check_saved(state_dict[f"{prefix}integral"], self.max_value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def update(self, costs: np.ndarray, limit: np.ndarray, rho: np.ndarray) -> None:
+        """
+        One step: a multiplier rises where its constraint is violated and falls where there is slack.
+
+        :param costs: Costs of recent episodes, shape (n, n_c).
+        :param limit: Cost limits in their unit, shape (n_c,).
+        :param rho: Proportional part :math:`\\rho`, shape (n_c,).
+        """
+        error = costs.std(axis=0, ddof=1) / np.sqrt(len(costs)) if len(costs) > 1 else np.zeros_like(limit)
+        bound = costs.mean(axis=0) + self.confidence * error
+        violation = np.clip((bound - limit) / np.maximum(limit, 1e-8), -1.0, 1.0)
+        integral = np.clip(self.integral.cpu().numpy() + self.learning_rate * violation, 0.0, self.max_value)
+        self.integral.copy_(th.as_tensor(integral))
+        self.value.copy_(th.as_tensor(np.clip(integral + rho * violation, 0.0, self.max_value)))
+
+
+def check_initial(init_value: PerConstraint, max_value: float, n_constraints: int) -> np.ndarray:
+    """:param init_value: Given. :param max_value: Bound. :param n_constraints: n_c. :return: Initial values, shape (n_c,)."""
+    start = per_constraint("init_value", init_value, n_constraints)
+    if start.max() > max_value:
+        raise ValueError(f"`init_value` must be at most `max_value`, {max_value:g}, got {init_value!r}.")
+    return start
+
+
+def check_saved(saved: th.Tensor, max_value: float) -> None:
+    """:param saved: Multipliers of a file. :param max_value: Bound. :raises ValueError: If they are above it."""
+    if float(saved.max()) > max_value:
+        raise ValueError(f"`max_value` must be at least {float(saved.max()):g}, the saved multiplier, got {max_value:g}.")
+
+
+def saved_multiplier(state_dict: dict[str, Any], prefix: str) -> th.Tensor | None:
+    """
+    Take the multipliers out of what a :class:`LagrangeMultiplier` or version 0.1.0 has saved.
+
+    :param state_dict: What was saved.
+    :param prefix: Of the names in it.
+    :return: Shape (n_c,), None if an :class:`EpisodeController` has saved it.
+    """
+    # Version 0.1.0's may be no logarithms
+    in_log_space = bool(state_dict.pop(f"{prefix}in_log_space", th.tensor(1.0)))
+    parameter = state_dict.pop(f"{prefix}parameter", None)
+    return parameter.exp() if in_log_space and parameter is not None else parameter
 
 
 def per_constraint(name: str, value: PerConstraint, n_constraints: int) -> np.ndarray:

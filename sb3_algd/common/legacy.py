@@ -1,5 +1,6 @@
 """Models that version 0.1.0 has saved: their arguments have other names today."""
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,15 @@ _IN_KWARGS = {
 _GONE = ("cuda_graph", "_cost_reported", "_missing_episode_reported", "policy_lr_schedule")
 # Options that no measurement supported, and the values that training has today
 _REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False}
+
+# What its energy was, and that its constraint acted from the start
+_LEARNED_IN = {
+    "penalty": "pointwise",
+    "normalize": False,
+    "constraint_start": 0.0,
+    "_constraint_acts": True,
+    "_return_scale": None,
+}
 
 
 def refuse_old_arguments(arguments: Iterable[str]) -> None:
@@ -53,13 +63,21 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
     for name in ("multiplier_kwargs", "score_kwargs"):
         saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
         given = attributes.get(name) or {}
-        if given.get("space", saved.get("space")) != saved.get("space"):
-            raise ValueError(f"`space` must be {saved['space']!r}, as the multiplier was saved, got {given['space']!r}.")
         # What was given to load() comes first
         attributes[name] = {**saved, **given}
     actor_learning_rate = attributes.pop("policy_learning_rate")
     if attributes["actor_learning_rate"] is None:
         attributes["actor_learning_rate"] = actor_learning_rate
+    kwargs, signal = attributes["multiplier_kwargs"], attributes["multiplier_signal"]
+    kwargs.pop("space")
+    if signal != "buffer":
+        # Steps of other units
+        kwargs.pop("learning_rate")
+        warn_user(
+            f"This model's multiplier was updated another way (multiplier_signal={signal!r}): it goes on from its value."
+        )
+        attributes["multiplier_signal"] = "episodes"
+    attributes.update(_LEARNED_IN, cost_limit_gamma=attributes["cost_gamma"])
     for name, today in _REMOVED_OPTIONS.items():
         value = attributes.pop(name)
         if value != today:
@@ -71,7 +89,5 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
         attributes["_declared"] = declared.values
     tracker = attributes.get("_cost_tracker")
     if isinstance(tracker, EpisodeCostTracker) and not hasattr(tracker, "_recent"):
-        tracker._recent = []
+        tracker._recent = deque(zip(tracker.episode_costs, tracker.discounted_costs, strict=True), maxlen=RECENT_EPISODES)
         tracker.start_episodes(len(tracker._running))
-        episodes = list(zip(tracker.episode_costs, tracker.discounted_costs, strict=True))
-        tracker._recent[0].extend(episodes[-RECENT_EPISODES:])

@@ -1,7 +1,7 @@
 """What the policies of all constrained algorithms share: reward critics, cost critics and the critics' targets."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -13,18 +13,10 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 
 from sb3_algd.common.critics import EnsembleCritic
-from sb3_algd.common.lagrange import augmented_lagrangian
+from sb3_algd.common.lagrange import EnergyTerms
 
 # Modules of these packages keep no tensor of a forward pass for the next one
 _KNOWN_PACKAGES = ("torch", "stable_baselines3", "sb3_algd")
-
-
-class EnergyTerms(NamedTuple):
-    """What :func:`~sb3_algd.common.lagrange.augmented_lagrangian` needs beside values and costs, each of shape (n_c,)."""
-
-    multiplier: th.Tensor
-    budget: th.Tensor
-    rho: th.Tensor
 
 
 class ConstrainedPolicy(BasePolicy, ABC):
@@ -237,7 +229,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
         actions = actions.transpose(0, 1)
         values = self.critic_target.bind(self.critic_target.features(obs)).values(actions)
         costs = self.cost_critic_target.bind(self.cost_critic_target.features(obs)).values(actions)
-        return augmented_lagrangian(values.amin(dim=0).squeeze(-1), costs.amax(dim=0), *self.energy_terms).transpose(0, 1)
+        return self.energy_terms.energy(values.amin(dim=0).squeeze(-1), costs.amax(dim=0)).transpose(0, 1)
 
     def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """

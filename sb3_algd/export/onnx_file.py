@@ -23,7 +23,8 @@ from torch import nn
 
 import sb3_algd
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from sb3_algd.common.policies import ConstrainedPolicy, EnergyTerms
+from sb3_algd.common.lagrange import EnergyTerms
+from sb3_algd.common.policies import ConstrainedPolicy
 from sb3_algd.export.parity import OBSERVATION, Observation, compare
 from sb3_algd_runtime import FORMAT, METADATA_KEY, NOISE, Agent
 
@@ -165,7 +166,7 @@ def copy_policy(model: ConstrainedOffPolicyAlgorithm) -> ConstrainedPolicy:
         policy = type(model.policy)(**model.policy._get_constructor_parameters()).to("cpu").requires_grad_(False)
     policy.load_state_dict({name: value.cpu() for name, value in model.policy.state_dict().items()})
     policy.set_training_mode(False)
-    policy.energy_terms = EnergyTerms(model.lagrange_multiplier.value.cpu(), model._budget.cpu(), model._rho.cpu())
+    policy.energy_terms = EnergyTerms(*(term.detach().cpu() for term in model._energy_terms(model.units.moments)))
     return policy
 
 

@@ -132,12 +132,16 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         *,
         cost_limit: PerConstraint | None = None,
         cost_limit_discounted: bool | None = None,
+        cost_limit_gamma: float = 0.99,
         episode_length: int | None = None,
         cost_gamma: float = 0.99,
         cost_key: CostKey = "cost",
-        rho: PerConstraint = 0.0,
+        penalty: Literal["expectation", "pointwise"] = "expectation",
+        rho: PerConstraint = 0.2,
+        constraint_start: float = 0.2,
         multiplier_kwargs: dict[str, Any] | None = None,
-        multiplier_signal: Literal["episodes", "buffer", "policy"] = "episodes",
+        multiplier_signal: Literal["episodes", "buffer"] = "episodes",
+        normalize: bool = True,
         cost_risk_coef: float = 1.0,
         cost_target_risk_coef: float = 0.0,
         bound_cost_targets: bool = True,
@@ -176,10 +180,14 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
             device=device,
             cost_limit=cost_limit,
             cost_limit_discounted=cost_limit_discounted,
+            cost_limit_gamma=cost_limit_gamma,
             episode_length=episode_length,
             cost_gamma=cost_gamma,
             cost_key=cost_key,
+            penalty=penalty,
             rho=rho,
+            constraint_start=constraint_start,
+            normalize=normalize,
             multiplier_kwargs=multiplier_kwargs,
             multiplier_signal=multiplier_signal,
             cost_risk_coef=cost_risk_coef,
@@ -229,17 +237,21 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     def _next_actions(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         actions, log_prob = self.actor.action_log_prob(next_observations)
         # The entropy is part of the reward
-        return actions, -self._current_ent_coef() * log_prob.unsqueeze(1)
+        slope = self.units.slopes(self.units.moments)[0] if self.normalize else 1.0
+        return actions, -self._current_ent_coef() * slope * log_prob.unsqueeze(1)
 
-    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor]:
+    def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor, th.Tensor]:
         actions, log_prob = self.actor.action_log_prob(observations)
         ent_coef = self._current_ent_coef().detach()
-        energy, energy_grad, risk = self._energy(observations, actions.detach().unsqueeze(0))
+        with th.no_grad():
+            # The energy's units need a second action per state
+            others, _ = self.actor.action_log_prob(observations)
+        energy, energy_grad, risk, moments = self._energy(observations, th.stack([actions.detach(), others]))
         # Has the gradient of the mean energy, without another pass through the critics
         loss = (actions * energy_grad[0]).sum(dim=-1).mean() + (ent_coef * log_prob).mean()
         if self.log_ent_coef is not None:
             loss = loss - (self.log_ent_coef * (log_prob.detach() + self._target_entropy)).mean()
-        return loss, {"energy": energy[0].mean(), "ent_coef": ent_coef.squeeze()}, risk[0].mean(dim=0)
+        return loss, {"energy": energy[0].mean(), "ent_coef": ent_coef.squeeze()}, risk[0].mean(dim=0), moments
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "log_ent_coef", "ent_coef_tensor", "ent_coef_optimizer"]
