@@ -190,7 +190,7 @@ def test_multipliers_of_a_file_become_the_controllers() -> None:
     again = EpisodeController(2)
     again.load_state_dict(controller.state_dict())
     assert again.integral.tolist() == pytest.approx([0.5, 1.5])
-    with pytest.raises(ValueError, match="`max_value` must be at least 1.5, the saved multiplier, got 1"):
+    with pytest.raises(ValueError, match=r"`max_value` must be at least 1\.5, the saved multiplier, got 1"):
         EpisodeController(2, max_value=1.0).load_state_dict(controller.state_dict())
 
 

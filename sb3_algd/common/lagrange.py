@@ -6,7 +6,7 @@ Shapes: ``n_c`` is the number of constraints, ``E`` the number of cost critics, 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th

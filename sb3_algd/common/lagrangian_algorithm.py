@@ -201,7 +201,7 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         self._n_fooled = self._n_fooled + 1 if np.any(rises & (expected < 0.5 * paid) & (paid > self.cost_budget)) else 0
         if self._n_fooled == N_FOOLED:
             warn_user(
-                f"The cost critics expect {expected.tolist()} along recent episodes where {paid.tolist()} is paid (discounted), "
+                f"The cost critics expect {expected.tolist()} along recent episodes where {paid.tolist()} is paid, "
                 f"while the multiplier rises to {multiplier.tolist()}: the policy has found actions whose cost they "
                 "underestimate. Let it learn more slowly (policy_delay, actor_learning_rate, learning_rate of "
                 "multiplier_kwargs), or let the constraint act later (constraint_start)."
