@@ -205,9 +205,9 @@ class EpisodeController(nn.Module):
         self,
         n_constraints: int = 1,
         init_value: PerConstraint = 0.0,
-        learning_rate: float = 0.1,
+        learning_rate: float = 0.05,
         max_value: float = 10.0,
-        confidence: float = 1.0,
+        confidence: float = 0.5,
     ) -> None:
         super().__init__()
         start = check_initial(init_value, max_value, n_constraints)
