@@ -124,8 +124,8 @@ class EnergyTerms(NamedTuple):
 
 class LagrangeMultiplier(nn.Module):
     """
-    The paper's multipliers: one :math:`\\lambda_i = e^{\\theta_i}` per constraint, updated by dual gradient ascent with an Adam
-    optimizer of its own.
+    The paper's multipliers: one :math:`\\lambda_i = e^{\\theta_i}` per constraint, updated by dual gradient ascent with an
+    Adam optimizer of its own.
 
     ``model.save`` and ``model.load`` keep the multipliers and the state of ``optimizer`` exactly.
 

@@ -90,10 +90,11 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         instead of uniformly random actions
     :param policy_delay: Number of updates of the critics per update of the policy
     :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
-        losses, risks and optimizers stay in single precision). It needs ``compile`` to be faster
+        losses, risks and optimizers stay in single precision). ``"auto"``: where updates are compiled and the device has
+        units for them (AMX or AVX512-BF16, tensor cores)
     :param compile: Whether updates are compiled with ``torch.compile``, which takes up to a minute at the start of training.
         ``"auto"``: for at least 5,000 updates, where a C++ compiler (CPU) or Triton (GPU) is found; on a CPU with
-        ``reduced_precision`` only. Random numbers are the same, results differ by rounding. See docs/performance.md
+        units for bfloat16 only. Random numbers are the same, results differ by rounding. See docs/performance.md
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -151,7 +152,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         target_entropy: str | float = "auto",
         use_policy_at_warmup: bool = False,
         policy_delay: int = 2,
-        reduced_precision: bool = False,
+        reduced_precision: bool | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         _init_setup_model: bool = True,
     ) -> None:
