@@ -51,10 +51,21 @@ class ExportedConstraint:
             self.cost_limit = np.array(description["cost_limit"], dtype=np.float64).reshape(-1)
             self.cost_limit_discounted = bool(description["cost_limit_discounted"])
             self.cost_gamma = float(description["cost_gamma"])
-            self.cost_key: CostKey | None = description["cost_key"]
+            cost_key = description["cost_key"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("The file does not say which cost limit its policy was trained for.") from error
         self.n_constraints = len(self.cost_limit)
+        self.cost_key: CostKey = ask_for_cost_key if cost_key is None else str(cost_key)
+
+
+def ask_for_cost_key(info: dict[str, Any]) -> Any:
+    """
+    Takes the place of a ``cost_key`` that no file can hold.
+
+    :param info: What an environment returned
+    :raises ValueError: Always.
+    """
+    raise ValueError("The model read its costs with a function, which an exported policy cannot hold: give cost_key=...")
 
 
 def find_vec_normalize(

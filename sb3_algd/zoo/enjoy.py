@@ -2,8 +2,10 @@
 The Zoo's ``enjoy``: watch a trained agent, and see what it earns and what it costs.
 
     python -m sb3_algd.zoo enjoy --env Safexp-PointButton1-v0
+    python -m sb3_algd.zoo enjoy --onnx agent.onnx
 """
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -18,6 +20,7 @@ from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolic
 from sb3_algd.common.episode_costs import EpisodeCostTracker, read_costs
 from sb3_algd.common.evaluation import cost_discount
 from sb3_algd.common.verdict import constraint_verdict
+from sb3_algd.export.description import ExportedConstraint
 from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import (
     agents_to_show,
@@ -26,6 +29,7 @@ from sb3_algd.zoo.commandline import (
     default_to_trained_agents,
     show_missing_agent,
 )
+from sb3_algd.zoo.exported import name_task, played_instead, take_onnx_option
 
 
 class EpisodeCounter(VecEnvWrapper):
@@ -38,7 +42,7 @@ class EpisodeCounter(VecEnvWrapper):
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
         #: Whose limit counts, to be set before the first step; without it nothing is counted
-        self.model: ConstrainedOffPolicyAlgorithm | None = None
+        self.model: ConstrainedOffPolicyAlgorithm | ExportedConstraint | None = None
         self.returns: list[float] = []
         self._tracker: EpisodeCostTracker | None = None
 
@@ -105,8 +109,12 @@ def enjoy() -> None:
     def tell_counter(model: ConstrainedOffPolicyAlgorithm) -> None:
         counters[-1].model = model
 
+    path = take_onnx_option()
     default_option("--algo", ALGO)
-    default_to_trained_agents()
+    if path is None:
+        default_to_trained_agents()
+    else:
+        name_task(path)
     default_to_stochastic()
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         print("There is no display here, so nothing is drawn (--no-render). record_video leaves a video instead.")
@@ -114,6 +122,7 @@ def enjoy() -> None:
     with (
         patch.object(rl_zoo3.enjoy, "create_test_env", create_counted_env),
         agents_to_show(tell_counter),
+        contextlib.nullcontext() if path is None else played_instead(path, counters),
     ):
         try:
             rl_zoo3.enjoy.enjoy()
