@@ -29,7 +29,7 @@ from sb3_algd.zoo.commandline import (
     default_to_trained_agents,
     show_missing_agent,
 )
-from sb3_algd.zoo.exported import name_task, played_instead, take_onnx_option
+from sb3_algd.zoo.exported import name_task, played_instead, take_own_options
 
 
 class EpisodeCounter(VecEnvWrapper):
@@ -71,8 +71,11 @@ class EpisodeCounter(VecEnvWrapper):
         for costs in list(self._tracker.discounted_costs)[len(self._tracker.discounted_costs) - n_ended :]:
             print(f"Episode Cost: {', '.join(f'{cost:.2f}' for cost in costs)} (limit {limits})")
 
-    def report(self) -> str:
-        """:return: Return and cost, and whether the limit holds."""
+    def report(self, max_cost: float | None = None) -> str:
+        """
+        :param max_cost: The largest cost that an episode can have
+        :return: Return and cost, and whether the limit holds
+        """
         if self.model is None or self._tracker is None or len(self.returns) == 0:
             return "No episode ended: give more steps with -n to see return and cost of an episode."
         costs = np.stack(self._tracker.discounted_costs)
@@ -82,18 +85,20 @@ class EpisodeCounter(VecEnvWrapper):
             f"Return: {np.mean(self.returns):.2f} +/- {np.std(self.returns):.2f}",
         ]
         unit = " (discounted)" if self.model.cost_limit_discounted else ""
-        verdict = constraint_verdict(costs, limits)
+        try:
+            verdict = constraint_verdict(costs, limits, max_cost=max_cost)
+        except ValueError as error:
+            raise SystemExit(f"--max-cost {max_cost:g}: {error}") from error
         for i, (limit, outcome) in enumerate(zip(limits, verdict.each, strict=True)):
             mean, std = costs[:, i].mean(), costs[:, i].std()
             name = f"Cost{unit}" if len(limits) == 1 else f"Cost {i}{unit}"
             n_within = int(np.sum(costs[:, i] <= limit))
             lines.append(
-                f"{name}: {mean:.2f} +/- {std:.2f} ({verdict.confidence:.0%} confidence: {verdict.lower[i]:.2f} to "
-                f"{verdict.upper[i]:.2f}), limit {limit:g}: {outcome} ({n_within} of {len(costs)} episodes within)"
+                f"{name}: {mean:.2f} +/- {std:.2f} ({verdict.interval(i)}), limit {limit:g}: {outcome} "
+                f"({n_within} of {len(costs)} episodes within)"
             )
-        needed = verdict.episodes_needed
-        if needed:
-            lines.append(f"About {needed} more episodes are needed for a verdict.")
+        if verdict.advice:
+            lines.append(f"For a verdict: {verdict.advice}.")
         return "\n".join(lines)
 
 
@@ -109,7 +114,8 @@ def enjoy() -> None:
     def tell_counter(model: ConstrainedOffPolicyAlgorithm) -> None:
         counters[-1].model = model
 
-    path = take_onnx_option()
+    options = take_own_options()
+    path: str | None = options.onnx
     default_option("--algo", ALGO)
     if path is None:
         default_to_trained_agents()
@@ -132,7 +138,7 @@ def enjoy() -> None:
             raise show_missing_agent(error) from error
     # Other algorithms have no limit
     if counters[-1].model is not None:
-        print(counters[-1].report())
+        print(counters[-1].report(options.max_cost))
 
 
 if __name__ == "__main__":

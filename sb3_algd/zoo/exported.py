@@ -51,13 +51,16 @@ class ExportedModel(ExportedConstraint):
         return np.asarray(self.agent.act(observation, deterministic)), state
 
 
-def take_onnx_option() -> str | None:
-    """:return: The file that ``--onnx`` names, None for none. The Zoo does not see the option."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--onnx")
-    options, rest = parser.parse_known_args()
-    sys.argv[1:] = rest
-    return options.onnx
+def take_own_options() -> argparse.Namespace:
+    """:return: Our options of ``enjoy``, which the Zoo does not see."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("options of sb3_algd")
+    group.add_argument("--onnx", metavar="FILE", help="play an exported agent; its task is known from the file")
+    group.add_argument("--max-cost", type=float, help="the largest cost that an episode can have, for the verdict")
+    if {"-h", "--help"} & set(sys.argv):
+        print(parser.format_help().partition("\n\n")[2])
+    options, sys.argv[1:] = parser.parse_known_args()
+    return options
 
 
 def name_task(path: str) -> None:
