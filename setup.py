@@ -41,6 +41,8 @@ ZOO = [
     "tensorboard>=2.9.1",
     # The window in which Gymnasium shows what enjoy plays
     "pygame>=2.1.3",
+    # What push_to_hub uploads beside the zip
+    "safetensors>=0.4",
 ]
 # Exporting needs all of them, playing an exported policy only onnxruntime
 DEPLOY = [

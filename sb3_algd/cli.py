@@ -31,6 +31,7 @@ COMMANDS = {
     "envs": Command("list the environments, their limits, and what is missing to run them", "sb3_algd.envs.__main__:main"),
     "train": Command("train an agent, or tune its hyperparameters with -optimize", "sb3_algd.zoo.train:train"),
     "enjoy": Command("watch a trained agent; its return and cost, and whether the limit holds", "sb3_algd.zoo.enjoy:enjoy"),
+    "export": Command("write a trained agent to files that need neither PyTorch nor pickle", "sb3_algd.zoo.export:export"),
     "record_video": Command("leave a video of a trained agent", "sb3_algd.zoo.record_video:record_video"),
     "plot_costs": Command("draw return and cost of runs, with the limit", "sb3_algd.zoo.plot_costs:plot_costs"),
     "plot_train": Command("draw the returns of training episodes", "rl_zoo3.plots:plot_train", "-a"),
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print("usage: sb3-algd <command> [options]\n\n<command> --help tells its options. --version tells the version.\n")
         print("\n".join(f"  {name:16}{command.description}" for name, command in COMMANDS.items()))
-        print('\nAll of them but envs need the extra zoo: pip install "sb3_algd[zoo]"')
+        print('\nAll of them but envs need the extra zoo: pip install "sb3_algd[zoo]"; export also needs the extra deploy')
         return
     if name not in COMMANDS:
         raise SystemExit(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}.")

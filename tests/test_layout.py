@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     # It imports the module of a command when the command is given
     "cli": {"sb3_algd"},
     "train": {"algd", "common", "envs", "plotting", "sac_lag", "sb3_algd"},
-    "zoo": {"algd", "common", "envs", "plotting", "sac_lag", "sb3_algd", "train", "cli"},
+    "zoo": {"algd", "common", "envs", "export", "plotting", "sac_lag", "sb3_algd", "train", "cli"},
     # The package itself registers the environments
     "sb3_algd": {"algd", "common", "envs", "sac_lag"},
 }
