@@ -181,6 +181,22 @@ def test_what_makes_no_sense_is_refused_in_one_form(algorithm: Algorithm, name: 
             make_model_of(algorithm, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["policy_kwargs", "replay_buffer_kwargs"])
+def test_an_unknown_entry_is_named_with_its_argument(algorithm: Algorithm, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^`{name}` must have entries that .* takes \(.*\), got 'net_ach'"):
+        make_model_of(algorithm, **{name: {"net_ach": 1}})
+
+    class Buffer(CostReplayBuffer):
+        """One of others, which may take what it does not name."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.unnamed = kwargs.pop("unnamed")
+            super().__init__(*args, **kwargs)
+
+    model = make_model_of(algorithm, replay_buffer_class=Buffer, replay_buffer_kwargs=dict(unnamed=3))
+    assert isinstance(model.replay_buffer, Buffer) and model.replay_buffer.unnamed == 3
+
+
 def test_an_algorithm_can_add_rules() -> None:
     with pytest.raises(ValueError, match="`mine` must be a whole number from 1 to 3, got 4"):
         check_arguments({"mine": 4, "other": None}, {"mine": whole(1, 3)})
