@@ -114,7 +114,7 @@ def database(server: str, request: pytest.FixtureRequest) -> str:
     return f"{server.rpartition('/')[0]}/{name}"
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 50) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """:return: What the condition gave when it was true."""
     started = time.monotonic()
     while time.monotonic() - started < seconds:
@@ -132,17 +132,25 @@ def create(database: str, start: Any, errors: Any) -> None:
         errors.put(repr(error))
 
 
-def test_workers_that_start_at_once_share_a_study(database: str) -> None:
+def start_at_once(database: str) -> None:
     context: Any = multiprocessing.get_context("fork")
     start, errors = context.Barrier(4), context.SimpleQueue()
     workers = [context.Process(target=create, args=(database, start, errors)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(50)
+        worker.join(120)
     assert errors.empty(), errors.get()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert [study.study_name for study in optuna.get_all_study_summaries(database)] == ["s"]
+
+
+def test_workers_that_start_at_once_share_a_study(database: str) -> None:
+    start_at_once(database)
+
+
+def test_workers_that_start_at_once_share_a_file(tmp_path: Path) -> None:
+    start_at_once(f"sqlite:///{tmp_path / 'study.db'}")
 
 
 def start_worker(folder: Path, database: str, *options: str) -> subprocess.Popen:
@@ -187,7 +195,7 @@ def test_the_trial_of_a_worker_that_was_killed_fails_and_is_made_up_for(database
         begin(second)
         wait_until(lambda: TrialState.COMPLETE in states() or second.poll() is not None)
         os.kill(first.pid, signal.SIGKILL)
-        output, _ = second.communicate(timeout=50)
+        output, _ = second.communicate(timeout=120)
     finally:
         for worker in workers:
             worker.kill()
