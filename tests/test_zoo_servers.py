@@ -1,7 +1,6 @@
 """Tuning with real database servers: workers that start at once, and one that is killed in the middle of a trial."""
 
 import contextlib
-import getpass
 import multiprocessing
 import os
 import shutil
@@ -30,7 +29,7 @@ from tests.test_zoo_tuning import OPTIONS
 #: Debian keeps the commands of PostgreSQL's server out of the path
 PLACES = (*os.environ["PATH"].split(os.pathsep), *map(str, Path("/usr/lib/postgresql").glob("*/bin")), "/usr/sbin")
 #: Neither server wants to run as root
-USER = "nobody" if getpass.getuser() == "root" else None
+USER = "nobody" if os.geteuid() == 0 else None
 HEARTBEAT_SECONDS, GRACE_SECONDS = 1, 4
 
 
@@ -165,10 +164,23 @@ def start_worker(folder: Path, database: str, *options: str) -> subprocess.Popen
     return subprocess.Popen(command, cwd=folder, text=True, bufsize=1, **pipes)
 
 
-def test_a_database_that_is_not_there_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    address = f"mysql+pymysql://root:secret@127.0.0.1:{free_port()}/studies"
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        (
+            "mysql+pymysql://root:secret@127.0.0.1:1/studies",
+            r"ConnectionError: The database of --storage cannot be used: .*127\.",
+        ),
+        (
+            "nothing://root:secret@127.0.0.1/studies",
+            "ValueError: `--storage` must be a .log file or the address of a database: ",
+        ),
+        ("studies", "ValueError: `--storage` must be a .log file or the address of a database: "),
+    ],
+)
+def test_a_storage_that_cannot_be_used_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, address: str, message: str) -> None:
     monkeypatch.setattr(sys, "argv", ["train", *OPTIONS, "--storage", address, "--study-name", "s"])
-    with pytest.raises(SystemExit, match=r"^ConnectionError: The database of --storage cannot be used: .*127\.") as error:
+    with pytest.raises(SystemExit, match=f"^{message}") as error:
         train()
     assert "secret" not in str(error.value)
 

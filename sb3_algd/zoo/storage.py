@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError
 
 #: How often to try to make the tables of a new database, and the longest pause in between
 ATTEMPTS, PAUSE_SECONDS = 10, 2.0
@@ -33,6 +33,7 @@ def create_study(create: Callable[..., optuna.Study], storage: str | BaseStorage
     :param kwargs: Other arguments of ``create``
     :return: The study
     :raises ConnectionError: If the database cannot be used
+    :raises ValueError: If this is no address of a database
     """
     # Not the generator that --seed sets, or all workers would come again at the same time
     pause = random.Random()
@@ -40,6 +41,8 @@ def create_study(create: Callable[..., optuna.Study], storage: str | BaseStorage
     while True:
         try:
             return create(storage=_with_heartbeat(storage), **kwargs)
+        except ArgumentError as error:
+            raise ValueError(f"`--storage` must be a .log file or the address of a database: {error}") from error
         except (IntegrityError, OperationalError, ProgrammingError) as error:
             # Of workers that start at once on an empty database only one can make each of Optuna 5.0's tables: PostgreSQL
             # says so with the first and the last of these, SQLite and MySQL with the second
