@@ -63,6 +63,9 @@ TESTS = [
     "pytest-xdist",
     # Values of arguments
     "hypothesis>=6.100",
+    # Tuning with a database
+    "psycopg[binary]>=3.2",
+    "pymysql>=1.1",
     "mypy>=1.9",
     "ruff>=0.9",
     "black>=26.1",

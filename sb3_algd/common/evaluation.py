@@ -55,7 +55,13 @@ class CostCounter:
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """Count one step of one environment, see SB3's ``evaluate_policy`` for the arguments."""
-        info = locals_["info"]
+        info, actions = locals_["info"], locals_["actions"]
+        if not np.isfinite(actions).all():
+            # Before the environment is blamed for what it made of it
+            raise FloatingPointError(
+                f"The policy's action became {actions.tolist()} in an evaluation: look at the model's weights, and at the "
+                "observations if they are finite."
+            )
         if self.n_constraints is None:
             cost = read_cost(info, self.cost_key)
             if cost is not None:
@@ -115,6 +121,7 @@ def evaluate_policy(
         lists and an array if ``return_episode_rewards`` is True.
     :raises ValueError: If a cost is not finite, the number of costs changes, or ``step`` returns six values.
     :raises RuntimeError: If the process of an environment died.
+    :raises FloatingPointError: If an action is not finite.
     """
     # Costs that the caller has chosen may be others than the model's, and of another number
     n_constraints = getattr(model, "n_constraints", None) if cost_key is None else None

@@ -13,6 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_algd.common.buffers import CostStorage
 from sb3_algd.common.episode_costs import CostKey, EpisodeCostTracker, read_costs
 from sb3_algd.common.evaluation import cost_discount, evaluate_policy
 from sb3_algd.common.random_state import preserved_random_state
@@ -151,7 +152,11 @@ class LearningCurveRecorder(BaseCallback):
     def _on_step(self) -> bool:
         self.seconds += self._stopwatch.lap()
         assert self.cost_key is not None
-        costs, _ = read_costs(self.locals["infos"], self.cost_key, 1)
+        infos, buffer = self.locals["infos"], self.locals.get("replay_buffer")
+        if isinstance(buffer, CostStorage) and buffer.cost_key == self.cost_key:
+            costs, _ = buffer.read_costs(infos)
+        else:
+            costs, _ = read_costs(infos, self.cost_key, 1)
         self._training_costs.update(costs, self.locals["dones"])
         if self.num_timesteps >= self._next_eval:
             self._next_eval += self.eval_freq
