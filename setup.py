@@ -49,9 +49,14 @@ DEPLOY = [
     "onnxruntime>=1.20",
     "safetensors>=0.4",
 ]
+# Runs of sb3-algd compare on several machines
+CLUSTER = [
+    "distributed>=2024.8",
+]
 DOCS = [
     "sphinx>=8",
-    "myst-parser>=4",
+    # With myst-parser; shows notebooks
+    "myst-nb>=1.3",
     "furo",
     "sphinx-copybutton",
 ]
@@ -75,11 +80,15 @@ TESTS = [
     # SB3's progress bar
     "tqdm",
     "rich",
+    *CLUSTER,
+    # The notebooks of the documentation
+    "nbclient>=0.10",
+    "ipykernel>=6",
     # What is uploaded
     "build",
     "twine>=6",
 ]
-EXTRAS = {"safety": SAFETY, "zoo": ZOO, "deploy": DEPLOY, "docs": DOCS, "tests": TESTS}
+EXTRAS = {"safety": SAFETY, "zoo": ZOO, "deploy": DEPLOY, "cluster": CLUSTER, "docs": DOCS, "tests": TESTS}
 
 
 def long_description() -> str:

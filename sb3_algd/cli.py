@@ -30,6 +30,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "envs": Command("list the environments, their limits, and what is missing to run them", "sb3_algd.envs.__main__:main"),
     "train": Command("train an agent, or tune its hyperparameters with -optimize", "sb3_algd.zoo.train:train"),
+    "compare": Command(
+        "train several algorithms and seeds; one figure, one table with verdicts", "sb3_algd.compare.__main__:main"
+    ),
     "enjoy": Command("watch a trained agent; its return and cost, and whether the limit holds", "sb3_algd.zoo.enjoy:enjoy"),
     "record_video": Command("leave a video of a trained agent", "sb3_algd.zoo.record_video:record_video"),
     "plot_costs": Command("draw return and cost of runs, with the limit", "sb3_algd.zoo.plot_costs:plot_costs"),
@@ -39,6 +42,8 @@ COMMANDS = {
     "push_to_hub": Command("upload a trained agent to the Hugging Face Hub", "sb3_algd.zoo.push_to_hub:push_to_hub"),
     "load_from_hub": Command("download one from there", "rl_zoo3.load_from_hub", "--algo"),
 }
+#: Rooms whose commands need nothing of the Zoo
+ON_BASE = ("sb3_algd.envs", "sb3_algd.compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,18 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print("usage: sb3-algd <command> [options]\n\n<command> --help tells its options. --version tells the version.\n")
         print("\n".join(f"  {name:16}{command.description}" for name, command in COMMANDS.items()))
-        print('\nAll of them but envs need the extra zoo: pip install "sb3_algd[zoo]"')
+        print('\nAll of them but envs and compare need the extra zoo: pip install "sb3_algd[zoo]"')
         return
     if name not in COMMANDS:
         raise SystemExit(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
     # The options of the command follow its name
     sys.argv[:2] = [f"sb3-algd {name}"]
-    if not command.target.startswith("sb3_algd.envs"):
+    if not command.target.startswith(ON_BASE):
         _prepare_zoo(command)
     module, _, function = command.target.partition(":")
     if function:
-        getattr(importlib.import_module(module), function)()
+        status = getattr(importlib.import_module(module), function)()
+        if status:
+            sys.exit(status)
     else:
         runpy.run_module(module, run_name="__main__")
 
