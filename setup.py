@@ -86,6 +86,7 @@ TESTS = [
     "ipykernel>=6",
     # What is uploaded
     "build",
+    "setuptools>=77",
     "twine>=6",
 ]
 EXTRAS = {"safety": SAFETY, "zoo": ZOO, "deploy": DEPLOY, "cluster": CLUSTER, "docs": DOCS, "tests": TESTS}
@@ -115,7 +116,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     author="sb3_algd contributors",
-    license="MIT",
+    license_expression="MIT",
     license_files=["LICENSE"],
     keywords="safe-reinforcement-learning constrained diffusion-policy stable-baselines3 gymnasium pytorch",
     # Alone, because importing it must not import the package, which needs PyTorch
@@ -132,6 +133,8 @@ setup(
         "torch>=2.8,<3",
         "gymnasium>=1.0,<2",
         "numpy>=1.26,<3",
+        # Settings of sb3-algd compare
+        "pyyaml>=6.0",
     ],
     extras_require={**EXTRAS, "all": sorted({package for packages in EXTRAS.values() for package in packages})},
     project_urls=project_urls(),

@@ -88,7 +88,7 @@ def test_a_run_that_failed_is_told_and_the_others_reported(tmp_path: Path, capfd
         (["--env", "Nowhere-v0"], "Cannot make the task Nowhere-v0: Environment `Nowhere` doesn't exist."),
         (["--env", "Pendulum-v1"], "Pendulum-v1 declares no cost limit: give one with --cost-limit"),
         (["--gym-packages", "not_there"], "--gym-packages not_there: No module named 'not_there'"),
-        (["--set", "rho=0"], r"--set rho: begin with the algorithm, for instance algd.rho=\.\.\."),
+        (["--set", "rho=0"], "--set: sac has no argument rho"),
         (["--set", "sac.rho=0"], "--set: sac has no argument rho"),
         (["--set", "algd.cost_limit=1"], "the limit is the same for all, give it with --cost-limit"),
         (["--device", "nowhere"], "There is no device 'nowhere'"),
@@ -105,12 +105,15 @@ def test_a_mistake_ends_in_one_line(options: list[str], message: str, tmp_path: 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own_task.py").write_text(
         "import gymnasium as gym\n"
-        "from sb3_algd.envs.toy import TwoModesEnv\n"
-        "gym.register('Own-v0', TwoModesEnv, max_episode_steps=30)\n"
+        "from sb3_algd.envs.wrappers import CostFromCallable\n"
+        "def make():\n"
+        "    env = gym.make('Pendulum-v1').unwrapped\n"
+        "    return CostFromCallable(env, lambda obs, action, next_obs, info: abs(float(action[0])), cost_limit=7.5)\n"
+        "gym.register('Own-v0', make, max_episode_steps=30)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    options = ["--env", "Own-v0", "--gym-packages", "own_task", "--cost-limit", "7.5", "--steps", "60"]
+    options = ["--env", "Own-v0", "--gym-packages", "own_task", "--steps", "60"]
     assert compare.main(command(Path("out"), *options)) == 0
     assert "| 7.5 " in capfd.readouterr().out
     assert SACLag.load(tmp_path / "out" / "Own-v0" / "sac_lag" / "seed0.zip").cost_limit == 7.5
@@ -126,6 +129,11 @@ def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 )
 def test_the_policy_fits_the_observations(space: spaces.Space, policy: str) -> None:
     assert compare.policy_of(space) == policy
+
+
+def test_arguments_are_for_all_algorithms_or_for_one() -> None:
+    overrides = compare.overrides_of(["gamma=0.5", "algd.gamma=0.9", "algd.score_kwargs.n_samples=2"], ["algd", "sac"])
+    assert overrides == {"algd": {"gamma": 0.9, "score_kwargs": {"n_samples": 2}}, "sac": {"gamma": 0.5}}
 
 
 def test_checkpoints_are_at_evaluations_and_episodes_apart(tmp_path: Path) -> None:

@@ -30,7 +30,16 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.compare.engine import do_missing
 from sb3_algd.compare.report import write_report
-from sb3_algd.compare.settings import TUNED, Run, Settings, declared_limit, merged, parse_overrides, prepare_folder
+from sb3_algd.compare.settings import (
+    TUNED,
+    Run,
+    Settings,
+    declared_limit,
+    limit_is_discounted,
+    merged,
+    parse_overrides,
+    prepare_folder,
+)
 from sb3_algd.train import at_least, refuse_device
 
 #: Class and arguments of each algorithm
@@ -72,8 +81,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         default=[],
-        metavar="ALGO.KEY=VALUE",
-        help="arguments of an algorithm, as YAML: algd.rho=0",
+        metavar="[ALGO.]KEY=VALUE",
+        help="arguments as YAML, of all algorithms or of one: batch_size=64 algd.rho=0",
     )
     parser.add_argument("--gym-packages", nargs="+", default=[], help="modules that register the task when they are imported")
     parser.add_argument("--scheduler", metavar="tcp://HOST:8786", help="Dask scheduler whose workers do the runs")
@@ -91,15 +100,15 @@ def overrides_of(pairs: list[str], algos: Sequence[str]) -> dict[str, dict[str, 
     """
     :param pairs: What is given with ``--set``.
     :param algos: The algorithms of the comparison.
-    :return: For each of those named the arguments.
+    :return: For each of them the arguments.
     :raises SystemExit: If one is no argument of its algorithm.
     """
-    overrides = parse_overrides(pairs)
+    given = parse_overrides(pairs)
+    for_all = {key: value for key, value in given.items() if key not in algos}
+    overrides = {name: merged(for_all, given.get(name, {})) for name in algos}
     for name, arguments in overrides.items():
-        if name not in algos or not isinstance(arguments, dict):
-            raise SystemExit(f"--set {name}: begin with the algorithm, for instance {algos[0]}.{name}=...")
         if "cost_limit" in arguments:
-            raise SystemExit(f"--set {name}.cost_limit: the limit is the same for all, give it with --cost-limit.")
+            raise SystemExit("--set cost_limit: the limit is the same for all, give it with --cost-limit.")
         unknown = arguments.keys() - inspect.signature(ALGORITHMS[name][0]).parameters.keys()
         if unknown:
             raise SystemExit(f"--set: {name} has no argument {', '.join(sorted(unknown))}.")
@@ -137,7 +146,7 @@ def prepare(args: argparse.Namespace, limit: float, command: list[str]) -> dict[
             n_deterministic=1,
             n_envs=1,
             device=args.device,
-            kwargs=merged({**kwargs, **given}, overrides.get(name, {})),
+            kwargs=merged({**kwargs, **given}, overrides[name]),
             checkpoint_every=checkpoint_every if constrained else None,
         )
         folder = folder_of(args) / name
@@ -192,9 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("Interrupted. The same command goes on.") from None
     if not any(run.csv.exists() for run in runs):
         raise SystemExit("No run is finished.")
-    env = gym.make(args.env)
-    discounted = bool(getattr(env.unwrapped, "cost_limit_discounted", False))
-    env.close()
+    discounted = limit_is_discounted(args.env)
     print(f"\n{write_report(args.env, by_algorithm, limit, discounted, folder_of(args))}")
     print(f"\nLeft in {folder_of(args)}: comparison.png, .svg and .md; for each algorithm its learning curves and models")
     return 1 if undone else 0

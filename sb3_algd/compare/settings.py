@@ -76,6 +76,14 @@ class Run:
         return f"{self.folder.parent.name}/{self.folder.name}/seed{self.seed}"
 
 
+def limit_is_discounted(task: str) -> bool:
+    """:param task: Id of a task. :return: Whether the limit that it declares is on the discounted sum of costs."""
+    env = gym.make(task)
+    discounted = env.has_wrapper_attr("cost_limit_discounted") and bool(env.get_wrapper_attr("cost_limit_discounted"))
+    env.close()
+    return discounted
+
+
 def cost_gamma(model_class: type[BaseAlgorithm], task: str) -> float | None:
     """
     :param model_class: The algorithm of a run.
@@ -84,10 +92,7 @@ def cost_gamma(model_class: type[BaseAlgorithm], task: str) -> float | None:
     """
     if issubclass(model_class, CostAwareAlgorithm):
         return None
-    env = gym.make(task)
-    discounted = getattr(env.unwrapped, "cost_limit_discounted", False)
-    env.close()
-    return inspect.signature(ALGD).parameters["cost_gamma"].default if discounted else 1.0
+    return inspect.signature(ALGD).parameters["cost_gamma"].default if limit_is_discounted(task) else 1.0
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -138,7 +143,9 @@ def declared_limit(task: str, cost_limit: float | None = None) -> float | None:
         env = gym.make(task)
     except (gym.error.Error, ImportError) as error:
         raise SystemExit(f"Cannot make the task {task}: {' '.join(str(error).split())}") from error
-    limit = getattr(env.unwrapped, "cost_limit", None) if cost_limit is None else cost_limit
+    limit = cost_limit
+    if limit is None and env.has_wrapper_attr("cost_limit"):
+        limit = env.get_wrapper_attr("cost_limit")
     env.close()
     if limit is None:
         return None
