@@ -71,12 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not command.target.startswith(ON_BASE):
         _prepare_zoo(command)
     module, _, function = command.target.partition(":")
-    if function:
-        status = getattr(importlib.import_module(module), function)()
-        if status:
-            sys.exit(status)
-    else:
+    if not function:
         runpy.run_module(module, run_name="__main__")
+        return
+    try:
+        status = getattr(importlib.import_module(module), function)()
+    except FileNotFoundError as error:
+        # The Zoo's own figures look for files without a check
+        if not module.startswith("rl_zoo3.plots"):
+            raise
+        raise SystemExit(f"There is no {error.filename}: name the log folder with -f, or the file with -i.") from error
+    if status:
+        sys.exit(status)
 
 
 def _prepare_zoo(command: Command) -> None:

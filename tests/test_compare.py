@@ -153,10 +153,10 @@ def test_a_row_of_the_table(tmp_path: Path) -> None:
     given = settings.Settings("TwoModes-v0", "sac", 1, 1, 1, 1, 1, "cpu", {})
     runs = [settings.Run(given, seed, tmp_path, (SAC, "MlpPolicy", {})) for seed in (0, 1)]
     for run, (value, cost) in zip(runs, ((1.0, 0.0), (3.0, 100.0)), strict=True):
-        run.episodes.write_text("return,cost\n" + f"{value},{cost}\n" * 20)
+        run.episodes.write_text("return,cost\n" + "".join(f"{value},{cost + i % 5}\n" for i in range(20)))
     row = report.table_row("sac", runs, 10.0)
     assert row[:3] == ("SAC, no constraint", "0, 1", "2.00 ± 1.00")
-    assert row[3].startswith("50.00 (")
+    assert row[3].startswith("52.00 (")
     assert row[4:] == ("10", "over the limit", "1 within, 1 over")
 
 
