@@ -85,6 +85,7 @@ def train(
     minutes: float | None = None,
     model_path: Path | None = None,
     log_folder: Path | None = None,
+    episodes_path: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int | None = None,
     progress_bar: bool = False,
@@ -110,6 +111,7 @@ def train(
     :param minutes: Time after which training ends in any case. None for no such limit
     :param model_path: Where the model is saved when training has ended. None for nowhere
     :param log_folder: Where everything that the algorithm logs is kept, as CSV. None for nowhere
+    :param episodes_path: Where return and cost of each episode of the last evaluation are kept, as CSV. None for nowhere
     :param checkpoint: Folder of a checkpoint. If an interrupted run has left one there this run goes on from it; it is removed
         at the end
     :param checkpoint_every: Environment steps between checkpoints. None for none
@@ -128,6 +130,7 @@ def train(
         seed=seed,
         cost_gamma=cost_gamma,
         on_row=None if on_row is None else lambda row: on_row(recorder.model, row),
+        episodes_path=episodes_path,
     )
     callbacks.append(recorder)
     if minutes is not None:

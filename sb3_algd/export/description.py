@@ -31,7 +31,7 @@ def describe_model(model: ConstrainedOffPolicyAlgorithm, task: str | None, resul
         "num_timesteps": model.num_timesteps,
         "cost_limit": np.asarray(model.cost_limit).tolist(),
         "cost_limit_discounted": bool(model.cost_limit_discounted),
-        "cost_gamma": model.cost_gamma,
+        "cost_limit_gamma": model.cost_limit_gamma,
         # A function cannot be written down
         "cost_key": model.cost_key if isinstance(model.cost_key, str) else None,
         "episode_length": model.episode_length,
@@ -51,7 +51,7 @@ class ExportedConstraint:
         try:
             self.cost_limit = np.array(description["cost_limit"], dtype=np.float64).reshape(-1)
             self.cost_limit_discounted = bool(description["cost_limit_discounted"])
-            self.cost_gamma = float(description["cost_gamma"])
+            self.cost_limit_gamma = float(description["cost_limit_gamma"])
             cost_key = description["cost_key"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("The file does not say which cost limit its policy was trained for.") from error

@@ -20,7 +20,7 @@ from sb3_algd.common.evaluation import evaluate_policy
 from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.export import export_policy
 from sb3_algd.zoo import ALGO
-from sb3_algd.zoo.commandline import agents_to_show, default_option, default_to_stochastic
+from sb3_algd.zoo.commandline import agents_to_show, default_option, default_to_stochastic, show_missing_agent
 
 # Not by an import statement, which finds the function of that name
 hub = importlib.import_module("huggingface_sb3.push_to_hub")
@@ -102,8 +102,13 @@ def push_to_hub() -> None:
         patch.object(hub, "_evaluate_agent", evaluate_with_costs),
         patch.object(huggingface_hub.repocard, "metadata_save", save_card),
     ):
-        # rl_zoo3 2.9.2 has this command outside any function
-        runpy.run_module("rl_zoo3.push_to_hub", run_name="__main__")
+        try:
+            # rl_zoo3 2.9.2 has this command outside any function
+            runpy.run_module("rl_zoo3.push_to_hub", run_name="__main__")
+        except (AssertionError, ValueError) as error:
+            if "found" not in str(error):
+                raise
+            raise show_missing_agent(error) from error
 
 
 if __name__ == "__main__":
