@@ -60,23 +60,29 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
     """
     if "multiplier_init" not in attributes:
         return
+    signal = attributes["multiplier_signal"]
     for name in ("multiplier_kwargs", "score_kwargs"):
         saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
         given = attributes.get(name) or {}
+        if name == "multiplier_kwargs":
+            # The file does not say it of the multiplier itself
+            attributes["_saved_space"] = saved.pop("space")
+            if signal != "buffer":
+                # A step of another unit
+                saved.pop("learning_rate")
         # What was given to load() comes first
         attributes[name] = {**saved, **given}
     actor_learning_rate = attributes.pop("policy_learning_rate")
     if attributes["actor_learning_rate"] is None:
         attributes["actor_learning_rate"] = actor_learning_rate
-    kwargs, signal = attributes["multiplier_kwargs"], attributes["multiplier_signal"]
-    kwargs.pop("space")
     if signal != "buffer":
-        # Steps of other units
-        kwargs.pop("learning_rate")
-        warn_user(
-            f"This model's multiplier was updated another way (multiplier_signal={signal!r}): it goes on from its value."
-        )
         attributes["multiplier_signal"] = "episodes"
+        # Who only lets it act has nothing to know
+        if attributes.get("env") is not None:
+            warn_user(
+                f"This model's multiplier was updated another way (multiplier_signal={signal!r}): it goes on from its value, "
+                "from the costs of episodes."
+            )
     attributes.update(_LEARNED_IN, cost_limit_gamma=attributes["cost_gamma"])
     for name, today in _REMOVED_OPTIONS.items():
         value = attributes.pop(name)
