@@ -28,8 +28,8 @@ ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
     "algd-ddpm": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ddpm"}, "learning_starts": 2000}),
     "algd-ve-plain": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}, "rho": 0}),
     # SAC with ALGD's energy, and with the plain Lagrangian
-    "sac-augmented": (SACLag, "MlpPolicy", {"rho": 1}),
-    "sac-lagrangian": (SACLag, "MlpPolicy", {"rho": 0}),
+    "sac-augmented": (SACLag, "MlpPolicy", {"penalty": "pointwise"}),
+    "sac-lagrangian": (SACLag, "MlpPolicy", {}),
     # Without any constraint, what SB3's users have today; docs/results.md has the runs that these arguments were chosen by
     "sac": (SAC, "MlpPolicy", TUNED),
     "tqc": (TQC, "MlpPolicy", TUNED),

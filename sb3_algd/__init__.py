@@ -17,7 +17,7 @@ from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.envs import register_envs
 from sb3_algd.sac_lag import SACLag
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ALGD",

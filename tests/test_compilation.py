@@ -135,7 +135,7 @@ def test_what_cannot_be_compiled_runs_eagerly_or_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", 1)
-    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: True)
     kwargs: dict[str, Any] = dict(
         policy="CnnPolicy", reduced_precision=True, policy_kwargs=dict(net_arch=[8], denoising_steps=1)
     )
@@ -159,7 +159,7 @@ def test_updates_are_compiled_where_that_pays(
     fast: bool, compiler: bool, updates: int, said: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", updates)
-    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: fast)
     monkeypatch.setattr(compilation.shutil, "which", lambda name: "/bin/c++" if compiler else None)
     monkeypatch.setattr(th, "compile", lambda function, **options: function)
     model = make_model(verbose=1, reduced_precision=True).learn(30)
@@ -169,7 +169,7 @@ def test_updates_are_compiled_where_that_pays(
 
 
 def test_a_resumed_training_keeps_what_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: True)
     monkeypatch.setattr(th, "compile", lambda function, **options: function)
     monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", 25)
     model = make_model(reduced_precision=True).learn(50)

@@ -107,10 +107,11 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         instead of uniformly random actions
     :param policy_delay: Number of updates of the critics per update of the policy
     :param reduced_precision: Whether the networks' matrix products of an update are done in bfloat16 (autocast; weights,
-        losses, risks and optimizers stay in single precision). It needs ``compile`` to be faster
+        losses, risks and optimizers stay in single precision). ``"auto"``: where updates are compiled and the device has
+        units for them (AMX or AVX512-BF16, tensor cores)
     :param compile: Whether updates are compiled with ``torch.compile``, which takes up to a minute at the start of training.
         ``"auto"``: for at least 5,000 updates, where a C++ compiler (CPU) or Triton (GPU) is found; on a CPU with
-        ``reduced_precision`` only. Random numbers are the same, results differ by rounding. See docs/performance.md
+        units for bfloat16 only. Random numbers are the same, results differ by rounding. See docs/performance.md
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -152,16 +153,16 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         cost_limit_discounted: bool | None = None,
         cost_limit_gamma: float = 0.99,
         episode_length: int | None = None,
-        cost_gamma: float = 0.99,
+        cost_gamma: float = 0.95,
         cost_key: CostKey = "cost",
         penalty: Literal["expectation", "pointwise"] = "expectation",
-        rho: PerConstraint = 0.2,
+        rho: PerConstraint = 0.1,
         constraint_start: float = 0.2,
         multiplier_kwargs: dict[str, Any] | None = None,
         multiplier_signal: Literal["episodes", "buffer"] = "episodes",
         normalize: bool = True,
         cost_risk_coef: float = 1.0,
-        cost_target_risk_coef: float = 0.0,
+        cost_target_risk_coef: float = 0.5,
         bound_cost_targets: bool = True,
         actor_learning_rate: float | Schedule | None = None,
         cost_critic_learning_rate: float | Schedule | None = None,
@@ -169,8 +170,8 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         score_coef: float = 0.1,
         score_kwargs: dict[str, Any] | None = None,
         use_policy_at_warmup: bool = False,
-        policy_delay: int = 1,
-        reduced_precision: bool = False,
+        policy_delay: int = 2,
+        reduced_precision: bool | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         _init_setup_model: bool = True,
     ) -> None:
@@ -250,6 +251,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
             multiplier_signal="buffer",
             normalize=False,
             cost_gamma=0.99,
+            cost_target_risk_coef=0.0,
             bound_cost_targets=False,
             score_kwargs=dict(grad_through_chain=True),
             use_policy_at_warmup=True,

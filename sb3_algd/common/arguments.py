@@ -130,6 +130,9 @@ def _is_ent_coef(value: Any) -> bool:
 
 
 FLAG = Rule("True or False", lambda value: isinstance(value, (bool, np.bool_)))
+TRUE_FALSE_AUTO = Rule(
+    "True, False or 'auto'", lambda value: FLAG.holds(value) or (isinstance(value, str) and value == "auto")
+)
 PER_CONSTRAINT = Rule("a finite number >= 0, or a flat sequence with one per constraint", _is_per_constraint)
 SCHEDULE = Rule("a finite number >= 0, or a function of the remaining progress that returns one", _is_schedule)
 COST_KEY = Rule("a key of info, or a function of info", lambda value: isinstance(value, str) or callable(value))
@@ -182,8 +185,8 @@ ARGUMENTS: dict[str, Rule] = {
     "actor_learning_rate": optional(SCHEDULE),
     "cost_critic_learning_rate": optional(SCHEDULE),
     "policy_delay": whole(1),
-    "reduced_precision": FLAG,
-    "compile": Rule("True, False or 'auto'", lambda value: FLAG.holds(value) or value == "auto"),
+    "reduced_precision": TRUE_FALSE_AUTO,
+    "compile": TRUE_FALSE_AUTO,
     # ALGD
     "guidance_coef": number(0),
     "score_coef": number(0),

@@ -44,9 +44,14 @@ def reason_against(device: th.device) -> str | None:
     return None
 
 
-def has_fast_bfloat16() -> bool:
-    """:return: Whether the CPU has units for matrix products in bfloat16, AMX or AVX512-BF16."""
-    return th.cpu._is_amx_tile_supported() or th.cpu._is_avx512_bf16_supported()
+def has_fast_bfloat16(device: th.device) -> bool:
+    """
+    :param device: Device of the model.
+    :return: Whether it has units for matrix products in bfloat16: AMX or AVX512-BF16, or tensor cores of that kind
+    """
+    if device.type == "cuda":
+        return th.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (th.cpu._is_amx_tile_supported() or th.cpu._is_avx512_bf16_supported())
 
 
 class CompiledMethod(Generic[Result]):
@@ -118,7 +123,9 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
     :param kwargs: see there
     """
 
-    def __init__(self, *args: Any, reduced_precision: bool, compile: bool | Literal["auto"], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, reduced_precision: bool | Literal["auto"], compile: bool | Literal["auto"], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.reduced_precision = reduced_precision
         self.compile = compile
@@ -175,10 +182,18 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         if updates < WORTHWHILE_UPDATES:
             self._tell(f"Updates are not compiled: {updates} of them take less time than compiling", 1)
             return False
-        if self.device.type == "cpu" and not (self.reduced_precision and has_fast_bfloat16()):
-            self._tell("Updates are not compiled: on this CPU that needs reduced_precision=True and units for bfloat16", 1)
+        if self.device.type == "cpu" and not (self.reduced_precision and has_fast_bfloat16(self.device)):
+            self._tell("Updates are not compiled: on a CPU that needs reduced_precision and units for bfloat16", 1)
             return False
         return True
+
+    @property
+    def uses_bfloat16(self) -> bool:
+        """Whether the matrix products of updates are done in bfloat16: if asked to, or where that is faster (``"auto"``)."""
+        if self.reduced_precision == "auto":
+            # Without compilation it is no faster
+            return bool(self._compiled) and has_fast_bfloat16(self.device)
+        return self.reduced_precision
 
     def _call(self, name: str, *args: Any) -> Any:
         """

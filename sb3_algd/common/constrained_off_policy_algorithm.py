@@ -198,7 +198,7 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         :param batch: Transitions
         :return: Losses, gradient norm and risks
         """
-        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self.reduced_precision)
+        precision = partial(th.autocast, self.device.type, th.bfloat16, enabled=self.uses_bfloat16)
 
         # Reward and cost critics, which have no parameter in common
         with precision():

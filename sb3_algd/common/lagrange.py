@@ -124,8 +124,8 @@ class EnergyTerms(NamedTuple):
 
 class LagrangeMultiplier(nn.Module):
     """
-    The paper's multipliers: one :math:`\\lambda_i = e^{\\theta_i}` per constraint, updated by dual gradient ascent with an Adam
-    optimizer of its own.
+    The paper's multipliers: one :math:`\\lambda_i = e^{\\theta_i}` per constraint, updated by dual gradient ascent with an
+    Adam optimizer of its own.
 
     ``model.save`` and ``model.load`` keep the multipliers and the state of ``optimizer`` exactly.
 
@@ -207,9 +207,9 @@ class EpisodeController(nn.Module):
         self,
         n_constraints: int = 1,
         init_value: PerConstraint = 0.0,
-        learning_rate: float = 0.1,
+        learning_rate: float = 0.05,
         max_value: float = 10.0,
-        confidence: float = 1.0,
+        confidence: float = 0.5,
     ) -> None:
         super().__init__()
         start = check_initial(init_value, max_value, n_constraints)

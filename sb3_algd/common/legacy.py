@@ -27,6 +27,7 @@ _LEARNED_IN = {
     "penalty": "pointwise",
     "normalize": False,
     "constraint_start": 0.0,
+    "policy_delay": 1,
     "_constraint_acts": True,
     "_return_scale": None,
 }
@@ -84,6 +85,8 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
                 "from the costs of episodes."
             )
     attributes.update(_LEARNED_IN, cost_limit_gamma=attributes["cost_gamma"])
+    # Layers without parameters, which nothing would miss
+    attributes["policy_kwargs"] = {**attributes["policy_kwargs"], "layer_norm": False}
     for name, today in _REMOVED_OPTIONS.items():
         value = attributes.pop(name)
         if value != today:

@@ -68,7 +68,7 @@ class ConstrainedPolicy(BasePolicy, ABC):
         n_cost_critics: int = 4,
         cost_activation_fn: type[nn.Module] = nn.SiLU,
         n_constraints: int = 1,
-        layer_norm: bool = False,
+        layer_norm: bool = True,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
