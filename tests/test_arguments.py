@@ -98,7 +98,7 @@ CHANGES_TRAINING: dict[str, Any] = dict(
     actor_learning_rate=1e-2,
     cost_critic_learning_rate=1e-2,
     use_policy_at_warmup=True,
-    policy_delay=2,
+    policy_delay=3,
     reduced_precision=True,
 )
 ONLY_IN: dict[Any, dict[str, Any]] = {

@@ -26,7 +26,7 @@ def first_batch(model: ConstrainedOffPolicyAlgorithm, size: int = 16) -> CostRep
 def test_expected_costs_are_no_lower_than_the_costs_seen_allow(
     bound: bool, lowest: float, expected: float, algorithm: Algorithm
 ) -> None:
-    model = make_model_of(algorithm, cost_gamma=0.9, bound_cost_targets=bound, normalize=False)
+    model = make_model_of(algorithm, **{**PAPER, "cost_gamma": 0.9, "bound_cost_targets": bound})
     model.learn(20)  # fills the buffer, no update yet
     assert model.replay_buffer is not None
     with th.no_grad():

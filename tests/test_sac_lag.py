@@ -93,7 +93,9 @@ def plain_critics(critic: Any, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
     for index in range(critic.n_critics):
         hidden = th.cat([obs, actions], dim=1)
         for depth, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
-            hidden = (critic.activation(hidden) if depth > 0 else hidden) @ weight[index] + bias[index]
+            if depth > 0:
+                hidden = critic.activation(F.layer_norm(hidden, hidden.shape[-1:]) if critic.layer_norm else hidden)
+            hidden = hidden @ weight[index] + bias[index]
         outputs.append(hidden)
     return th.stack(outputs)
 
@@ -188,7 +190,7 @@ def test_without_a_multiplier_it_is_sac(monkeypatch: pytest.MonkeyPatch) -> None
     """Five updates of both on the same batches. Noise is left out: the two draw it in another order."""
     monkeypatch.setattr(th.distributions.Normal, "rsample", lambda self, shape=(): self.mean)
     kwargs: dict[str, Any] = dict(learning_rate=1e-3, tau=0.02, gamma=0.9, ent_coef="auto_0.1", batch_size=16)
-    model = make_model(normalize=False, cost_limit=1e6, learning_starts=50, **kwargs)
+    model = make_model(**PAPER, cost_limit=1e6, learning_starts=50, **kwargs)
     model.learn(50)
     sac = SAC("MlpPolicy", make_env(), policy_kwargs=dict(net_arch=[16, 16]), device="cpu", **kwargs)
     sac.set_logger(model.logger)

@@ -72,7 +72,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     :param cost_key: Key of ``info`` that holds a step's cost (a number or one per constraint), or a function of ``info``
     :param penalty: What weighs a cost: one coefficient for all states and actions (``"expectation"``), the augmented
         Lagrangian of the whole problem, whose limit is on the expected cost of an episode; or the paper's
-        ``"pointwise"`` (its Eq. 6), a coefficient that grows with the risk of the single action
+        ``"pointwise"``, a coefficient that grows with the risk of the single action
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
         ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
         the limit. With ``"pointwise"`` it is the paper's rho (1 there), per unit of the energy, see ``normalize``
@@ -240,22 +240,29 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         return dict(
             learning_rate=3e-4,
             learning_starts=5000,
+            batch_size=256,
             tau=0.005,
+            gamma=0.99,
             gradient_steps=10,
             target_update_interval=2,
             replay_buffer_kwargs=dict(reward_cut_key="goal_met") if safety_gym else None,
             policy_kwargs=dict(layer_norm=False),
+            cost_gamma=0.99,
             penalty="pointwise",
             rho=1.0,
             constraint_start=0.0,
+            multiplier_kwargs=dict(init_value=0.6931, learning_rate=3e-4, max_value=1e6),
             multiplier_signal="buffer",
             normalize=False,
-            cost_gamma=0.99,
+            cost_risk_coef=1.0,
             cost_target_risk_coef=0.0,
             bound_cost_targets=False,
-            score_kwargs=dict(grad_through_chain=True),
+            guidance_coef=1.0,
+            score_coef=0.1,
+            score_kwargs=dict(temperature=1.0, n_samples=4, pairing="after", grad_through_chain=True),
             use_policy_at_warmup=True,
             policy_delay=1,
+            reduced_precision=False,
         )
 
     def _check_arguments(self) -> None:

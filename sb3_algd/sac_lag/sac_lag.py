@@ -69,7 +69,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     :param cost_key: Key of ``info`` that holds a step's cost (a number or one per constraint), or a function of ``info``
     :param penalty: What weighs a cost: one coefficient for all states and actions (``"expectation"``), the augmented
         Lagrangian of the whole problem, whose limit is on the expected cost of an episode; or the paper's
-        ``"pointwise"`` (its Eq. 6), a coefficient that grows with the risk of the single action
+        ``"pointwise"``, a coefficient that grows with the risk of the single action
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
         ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
         the limit. With ``"pointwise"`` it is the paper's rho (1 there), per unit of the energy, see ``normalize``
