@@ -6,6 +6,8 @@ CONSTRAINTS ?= constraints.txt
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
+# What `make faults` has tried of each argument
+ARGUMENTS := $(VENV)/arguments.md
 STAMP := $(VENV)/.installed
 SOURCES := sb3_algd sb3_algd_runtime.py benchmarks examples tests docs/conf.py setup.py
 
@@ -58,7 +60,9 @@ wheel-test: package
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --jobs $(JOBS) $(ARGS)
-	OMP_NUM_THREADS=1 SB3_ALGD_EXAMPLES=40 $(BIN)/python -m pytest -n $(JOBS) -q tests/test_argument_rules.py
+	@rm -f $(ARGUMENTS)
+	OMP_NUM_THREADS=1 SB3_ALGD_EXAMPLES=40 SB3_ALGD_TABLE=$(ARGUMENTS) $(BIN)/python -m pytest -n $(JOBS) -q tests/test_argument_rules.py
+	@printf '| algorithm | argument | trained | refused |\n| --- | --- | --- | --- |\n'; sort $(ARGUMENTS)
 
 benchmark: install
 	$(BIN)/python -m benchmarks.speed $(ARGS)

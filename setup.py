@@ -41,6 +41,8 @@ ZOO = [
     "tensorboard>=2.9.1",
     # The window in which Gymnasium shows what enjoy plays
     "pygame>=2.1.3",
+    # What push_to_hub uploads beside the zip
+    "safetensors>=0.4",
 ]
 # Exporting needs all of them, playing an exported policy only onnxruntime
 DEPLOY = [
@@ -49,9 +51,14 @@ DEPLOY = [
     "onnxruntime>=1.20",
     "safetensors>=0.4",
 ]
+# Runs of sb3-algd compare on several machines
+CLUSTER = [
+    "distributed>=2024.8",
+]
 DOCS = [
     "sphinx>=8",
-    "myst-parser>=4",
+    # With myst-parser; shows notebooks
+    "myst-nb>=1.3",
     "furo",
     "sphinx-copybutton",
 ]
@@ -61,6 +68,9 @@ TESTS = [
     "pytest-xdist",
     # Values of arguments
     "hypothesis>=6.100",
+    # Tuning with a database
+    "psycopg[binary]>=3.2",
+    "pymysql>=1.1",
     "mypy>=1.9",
     "ruff>=0.9",
     "black>=26.1",
@@ -75,11 +85,16 @@ TESTS = [
     # SB3's progress bar
     "tqdm",
     "rich",
+    *CLUSTER,
+    # The notebooks of the documentation
+    "nbclient>=0.10",
+    "ipykernel>=6",
     # What is uploaded
     "build",
+    "setuptools>=77",
     "twine>=6",
 ]
-EXTRAS = {"safety": SAFETY, "zoo": ZOO, "deploy": DEPLOY, "docs": DOCS, "tests": TESTS}
+EXTRAS = {"safety": SAFETY, "zoo": ZOO, "deploy": DEPLOY, "cluster": CLUSTER, "docs": DOCS, "tests": TESTS}
 
 
 def long_description() -> str:
@@ -106,7 +121,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     author="sb3_algd contributors",
-    license="MIT",
+    license_expression="MIT",
     license_files=["LICENSE"],
     keywords="safe-reinforcement-learning constrained diffusion-policy stable-baselines3 gymnasium pytorch",
     # Alone, because importing it must not import the package, which needs PyTorch
@@ -123,6 +138,8 @@ setup(
         "torch>=2.8,<3",
         "gymnasium>=1.0,<2",
         "numpy>=1.26,<3",
+        # Settings of sb3-algd compare
+        "pyyaml>=6.0",
     ],
     extras_require={**EXTRAS, "all": sorted({package for packages in EXTRAS.values() for package in packages})},
     project_urls=project_urls(),

@@ -3,8 +3,9 @@ Train every combination of tasks, algorithms and seeds, and leave one learning c
 
     python -m benchmarks.run --tasks Safexp-PointButton1-v0 --algorithms algd-ve algd-ddpm --seeds 0 1 2 --steps 20000
 
-A run is one process with one thread; ``--jobs`` of them run at a time. A run that has left its CSV is never repeated, so the
-same command can be given again until everything is done. One that was interrupted goes on from its last checkpoint with
+The same runs as those of ``sb3-algd compare``, with the tasks, algorithms and settings of the published results. A run is one
+process with one thread; ``--jobs`` of them run at a time. A run that has left its CSV is never repeated, so the same command
+can be given again until everything is done. One that was interrupted goes on from its last checkpoint with
 ``--checkpoint-every``, for runs of hours, and starts afresh without.
 
 An experiment is an algorithm with other arguments and a name of its own:
@@ -13,117 +14,15 @@ An experiment is an algorithm with other arguments and a name of its own:
 """
 
 import argparse
-import fcntl
-import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-import torch as th
-from stable_baselines3.common.base_class import BaseAlgorithm
-
-from benchmarks.settings import ALGORITHMS, RESULTS, Run, Settings, cost_gamma, merged, parse_overrides, prepare_folder
+from benchmarks.settings import ALGORITHMS, RESULTS
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
-from sb3_algd.common.recorder import Row, describe
-from sb3_algd.train import train
-
-#: Exit code of a run that another process is doing
-SKIPPED = 75
-
-
-def do(run: Run, on_row: Callable[[BaseAlgorithm, Row], None] | None = None, **kwargs: Any) -> None:
-    """
-    Do a run, from start to end.
-
-    :param run: The run.
-    :param on_row: Called with the model and each new row of its learning curve. None to print the row.
-    :param kwargs: Arguments of the algorithm that take the place of those in the settings
-    """
-    settings = run.settings
-    model_class, policy, _ = ALGORITHMS[settings.algorithm]
-
-    def show(model: BaseAlgorithm, row: Row) -> None:
-        print(f"{run.label}: {describe(row)}", flush=True)
-
-    train(
-        model_class,
-        policy,
-        settings.task,
-        run.csv,
-        settings.steps,
-        {**settings.kwargs, **kwargs},
-        seed=run.seed,
-        device=settings.device,
-        n_envs=settings.n_envs,
-        eval_every=settings.eval_every,
-        n_episodes=settings.n_episodes,
-        n_deterministic=settings.n_deterministic,
-        cost_gamma=cost_gamma(settings),
-        on_row=on_row or show,
-        model_path=run.folder / f"seed{run.seed}.zip" if run.save else None,
-        log_folder=run.folder / f"seed{run.seed}_log" if run.log else None,
-        checkpoint=run.checkpoint,
-        checkpoint_every=settings.checkpoint_every,
-    )
-
-
-def do_alone(run: Run) -> None:
-    """:param run: The run to do in this process, unless another one is doing it."""
-    # Two commands that were given at the same time must not write to one file
-    lock = (run.folder / f".seed{run.seed}.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(SKIPPED)
-    if not run.csv.exists():
-        th.set_num_threads(1)
-        do(run)
-
-
-def run_all(runs: list[Run], jobs: int) -> int:
-    """
-    Do the runs, some at a time.
-
-    :param runs: The runs.
-    :param jobs: How many processes at a time.
-    :return: How many of them are not done, because they failed or another process is doing them.
-    """
-    # Inherited by the processes, whose libraries read it when they are imported
-    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
-    context = multiprocessing.get_context("spawn")
-    waiting, undone = list(runs), 0
-    active: dict[int, tuple[BaseProcess, Run, float]] = {}
-    try:
-        while waiting or active:
-            while waiting and len(active) < jobs:
-                run = waiting.pop(0)
-                process: BaseProcess = context.Process(target=do_alone, args=(run,))
-                process.start()
-                active[process.sentinel] = (process, run, time.monotonic())
-                print(f"{run.label}: started, {len(waiting)} waiting", flush=True)
-            for sentinel in wait(list(active)):
-                assert isinstance(sentinel, int)
-                process, run, started = active.pop(sentinel)
-                process.join()
-                if process.exitcode == 0:
-                    print(f"{run.label}: finished in {time.monotonic() - started:.0f} s", flush=True)
-                    continue
-                undone += 1
-                if process.exitcode == SKIPPED:
-                    print(f"{run.label}: another process is doing this run, skipped", flush=True)
-                else:
-                    print(f"{run.label}: FAILED with exit code {process.exitcode}, see the error above", flush=True)
-    finally:
-        for process, _, _ in active.values():
-            process.terminate()
-    return undone
+from sb3_algd.compare.engine import do_missing
+from sb3_algd.compare.settings import Run, Settings, merged, parse_overrides, prepare_folder
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -141,6 +40,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--envs", type=int, default=1, help="training environments")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--scheduler", metavar="tcp://HOST:8786", help="Dask scheduler whose workers do the runs")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="arguments of the algorithm, as YAML"
     )
@@ -199,14 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
             prepare_folder(folder, settings, args.seeds, command)
             combinations.append((settings, folder))
     # Seed by seed, so that an interrupted grid has something to say about every algorithm
-    runs = [Run(settings, seed, folder, args.log, args.save) for seed in args.seeds for settings, folder in combinations]
-    missing = [run for run in runs if not run.csv.exists()]
-    for run in runs:
-        if run not in missing:
-            # Of a run that was killed when it had just finished; to do it again must not mean to go on from its end
-            shutil.rmtree(run.checkpoint, ignore_errors=True)
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} finished before, {len(missing)} to do", flush=True)
-    return 1 if run_all(missing, args.jobs) else 0
+    runs = [
+        Run(settings, seed, folder, ALGORITHMS[settings.algorithm], args.log, args.save)
+        for seed in args.seeds
+        for settings, folder in combinations
+    ]
+    return 1 if do_missing(runs, args.jobs, args.scheduler) else 0
 
 
 if __name__ == "__main__":

@@ -1,28 +1,17 @@
-"""What a run is: algorithm and arguments, the settings that the runs of a results folder share, and where results go."""
+"""The algorithms of the benchmarks, and where results go."""
 
-import contextlib
-import inspect
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import gymnasium as gym
-import numpy as np
-import yaml
 from sb3_contrib import TQC
 from stable_baselines3 import SAC
-from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_algd import ALGD, SACLag, __version__
-from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
+from sb3_algd import ALGD, SACLag
+from sb3_algd.compare.settings import TUNED, Algorithm
 
 RESULTS = Path(__file__).parent / "results"
 
-#: The better of two settings for every baseline, and what ALGD and its relatives have by default
-TUNED = {"learning_rate": 1e-3, "tau": 0.02}
 #: Class, policy and arguments of each algorithm, on top of its own defaults
-ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
+ALGORITHMS: dict[str, Algorithm] = {
     "algd-ve": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}}),
     # Its policy soon is nearly deterministic: with 100 random steps it got stuck before it had seen anything
     "algd-ddpm": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ddpm"}, "learning_starts": 2000}),
@@ -34,161 +23,3 @@ ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
     "sac": (SAC, "MlpPolicy", TUNED),
     "tqc": (TQC, "MlpPolicy", TUNED),
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the runs in one results folder have in common."""
-
-    task: str
-    algorithm: str
-    steps: int
-    eval_every: int
-    n_episodes: int
-    n_deterministic: int
-    n_envs: int
-    device: str
-    kwargs: dict[str, Any]
-    #: Storing a checkpoint ends the running episodes, so it is part of what a run does
-    checkpoint_every: int | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: its settings, its seed and where its results go."""
-
-    settings: Settings
-    seed: int
-    folder: Path
-    log: bool
-    save: bool
-
-    @property
-    def csv(self) -> Path:
-        """The learning curve, which exists once the run is finished."""
-        return self.folder / f"seed{self.seed}.csv"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where an interrupted run goes on from."""
-        return self.folder / f"seed{self.seed}_checkpoint"
-
-    @property
-    def label(self) -> str:
-        """How the run is called in messages."""
-        return f"{self.folder.parent.name}/{self.folder.name}/seed{self.seed}"
-
-
-def cost_gamma(settings: Settings) -> float | None:
-    """
-    :param settings: Settings of a run.
-    :return: Discount factor of the costs that are recorded; None to go by the model, which knows its limit's unit.
-    """
-    if issubclass(ALGORITHMS[settings.algorithm][0], CostAwareAlgorithm):
-        return None
-    env = gym.make(settings.task)
-    discounted = getattr(env.unwrapped, "cost_limit_discounted", False)
-    env.close()
-    return inspect.signature(ALGD).parameters["cost_limit_gamma"].default if discounted else 1.0
-
-
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """
-    :param pairs: ``key=value`` each, the value in YAML, the key with dots for nested arguments.
-    :return: The arguments, nested.
-    """
-    overrides: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise SystemExit(f"--set {pair}: write key=value, for instance --set rho=0")
-        *parents, last = key.split(".")
-        target = overrides
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise SystemExit(f"--set {pair}: {parent} is {target} already, it has no {last}")
-        # YAML takes 3e-4 for a string, because it has no dot
-        parsed = yaml.safe_load(value)
-        if isinstance(parsed, str):
-            with contextlib.suppress(ValueError):
-                parsed = float(parsed)
-        target[last] = parsed
-    return overrides
-
-
-def merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param base: Arguments, maybe nested.
-    :param overrides: Arguments that win.
-    :return: Both together; the inputs stay as they are.
-    """
-    result = dict(base)
-    for key, value in overrides.items():
-        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if nested else value
-    return result
-
-
-def declared_limit(task: str, kwargs: dict[str, Any]) -> float | None:
-    """
-    :param task: Id of the task; one that does not exist ends the program before any run starts.
-    :param kwargs: Arguments of the algorithm.
-    :return: The cost limit that is in force, None if the task declares none.
-    """
-    try:
-        env = gym.make(task)
-    except gym.error.Error as error:
-        raise SystemExit(f"Cannot make the task {task}: {error}") from error
-    limit = kwargs.get("cost_limit")
-    if limit is None:
-        limit = getattr(env.unwrapped, "cost_limit", None)
-    env.close()
-    return None if limit is None else float(np.asarray(limit).item())
-
-
-def prepare_folder(folder: Path, settings: Settings, seeds: list[int], command: list[str]) -> None:
-    """
-    Write down what the runs in a folder have in common: the version of the package, which says what the defaults are, the
-    arguments that are given, and the limit. Runs with other settings must not be mixed with them.
-
-    :param folder: The results folder of one task and one algorithm.
-    :param settings: The settings of the runs.
-    :param seeds: The runs that are asked for.
-    :param command: What was asked for, the words after ``python``.
-    """
-    path = folder / "settings.yaml"
-    described = {
-        "version": __version__,
-        **vars(settings),
-        "cost_limit": declared_limit(settings.task, settings.kwargs),
-        "command": shlex.join(["python", *command]),
-    }
-    if not path.exists():
-        _refuse_unknown(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(described, sort_keys=False))
-        return
-    stored, now = _flat(yaml.safe_load(path.read_text())), _flat(described)
-    free = {"command"}
-    if all((folder / f"seed{seed}.csv").exists() for seed in seeds):
-        # Nothing is added to the runs of another version
-        free.add("version")
-    differing = [key for key in sorted((stored.keys() | now.keys()) - free) if stored.get(key) != now.get(key)]
-    if differing:
-        changes = ", ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in differing)
-        raise SystemExit(f"{folder} holds runs with other settings ({changes}). Give this experiment another --name or --out.")
-
-
-def _flat(described: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the algorithm's arguments among them, so that a message names the one that differs."""
-    return {**{key: value for key, value in described.items() if key != "kwargs"}, **described["kwargs"]}
-
-
-def _refuse_unknown(folder: Path) -> None:
-    """End the program if a folder without settings has results."""
-    left = sorted(path.name for pattern in ("seed*.csv", "seed*_checkpoint") for path in folder.glob(pattern))
-    if left:
-        raise SystemExit(
-            f"{folder} has {', '.join(left)}, but no settings.yaml to say what was run: move them away, or give another --out."
-        )

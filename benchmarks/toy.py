@@ -20,10 +20,11 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 
-from benchmarks.run import do
-from benchmarks.settings import RESULTS, Run, Settings, prepare_folder
+from benchmarks.settings import ALGORITHMS, RESULTS
 from sb3_algd.common.random_state import preserved_random_state
 from sb3_algd.common.recorder import Row, describe
+from sb3_algd.compare.engine import do
+from sb3_algd.compare.settings import Run, Settings, prepare_folder
 from sb3_algd.envs.toy import TwoModesEnv
 from sb3_algd.plotting import read_curve
 
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = args.out / TASK / algorithm
         command = ["-m", "benchmarks.toy", *(sys.argv[1:] if arguments is None else arguments)]
         prepare_folder(folder, settings, args.seeds, command)
-        runs += [Run(settings, seed, folder, log=False, save=False) for seed in args.seeds]
+        runs += [Run(settings, seed, folder, ALGORITHMS[algorithm]) for seed in args.seeds]
     # Seed by seed, so that an interrupted grid has something to say about both types
     for run in sorted(runs, key=lambda run: run.seed):
         if not run.csv.exists():

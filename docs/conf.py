@@ -13,8 +13,10 @@ project = "sb3_algd"
 author = "sb3_algd contributors"
 project_copyright = f"2026, {author}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
+# Notebooks come with their outputs; the tests run them
+nb_execution_mode = "off"
 
 # Pages are read on GitHub as well: the same formulas, and links to headings as GitHub names them
 myst_enable_extensions = ["dollarmath", "colon_fence"]

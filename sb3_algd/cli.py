@@ -30,7 +30,11 @@ class Command(NamedTuple):
 COMMANDS = {
     "envs": Command("list the environments, their limits, and what is missing to run them", "sb3_algd.envs.__main__:main"),
     "train": Command("train an agent, or tune its hyperparameters with -optimize", "sb3_algd.zoo.train:train"),
+    "compare": Command(
+        "train several algorithms and seeds; one figure, one table with verdicts", "sb3_algd.compare.__main__:main"
+    ),
     "enjoy": Command("watch a trained agent; its return and cost, and whether the limit holds", "sb3_algd.zoo.enjoy:enjoy"),
+    "export": Command("write a trained agent to files that need neither PyTorch nor pickle", "sb3_algd.zoo.export:export"),
     "record_video": Command("leave a video of a trained agent", "sb3_algd.zoo.record_video:record_video"),
     "plot_costs": Command("draw return and cost of runs, with the limit", "sb3_algd.zoo.plot_costs:plot_costs"),
     "plot_train": Command("draw the returns of training episodes", "rl_zoo3.plots:plot_train", "-a"),
@@ -39,6 +43,8 @@ COMMANDS = {
     "push_to_hub": Command("upload a trained agent to the Hugging Face Hub", "sb3_algd.zoo.push_to_hub:push_to_hub"),
     "load_from_hub": Command("download one from there", "rl_zoo3.load_from_hub", "--algo"),
 }
+#: Rooms whose commands need nothing of the Zoo
+ON_BASE = ("sb3_algd.envs", "sb3_algd.compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,20 +62,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print("usage: sb3-algd <command> [options]\n\n<command> --help tells its options. --version tells the version.\n")
         print("\n".join(f"  {name:16}{command.description}" for name, command in COMMANDS.items()))
-        print('\nAll of them but envs need the extra zoo: pip install "sb3_algd[zoo]"')
+        print('\nAll of them but envs need the extra zoo: pip install "sb3_algd[zoo]"; export also needs the extra deploy')
+        print('\nAll of them but envs and compare need the extra zoo: pip install "sb3_algd[zoo]"')
         return
     if name not in COMMANDS:
         raise SystemExit(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
     # The options of the command follow its name
     sys.argv[:2] = [f"sb3-algd {name}"]
-    if not command.target.startswith("sb3_algd.envs"):
+    if not command.target.startswith(ON_BASE):
         _prepare_zoo(command)
     module, _, function = command.target.partition(":")
-    if function:
-        getattr(importlib.import_module(module), function)()
-    else:
+    if not function:
         runpy.run_module(module, run_name="__main__")
+        return
+    try:
+        status = getattr(importlib.import_module(module), function)()
+    except FileNotFoundError as error:
+        # The Zoo's own figures look for files without a check
+        if not module.startswith("rl_zoo3.plots"):
+            raise
+        raise SystemExit(f"There is no {error.filename}: name the log folder with -f, or the file with -i.") from error
+    if status:
+        sys.exit(status)
 
 
 def _prepare_zoo(command: Command) -> None:

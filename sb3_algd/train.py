@@ -36,7 +36,9 @@ from sb3_algd.plotting import plot_learning_curves, read_curve
 
 # The networks are small: more threads than this wait for each other longer than they compute
 MAX_THREADS = 4
-N_FINAL_EPISODES = 20
+N_FINAL_EPISODES = 50
+#: Episodes of an evaluation while training
+N_EPISODES = 10
 #: File of the best feasible model
 BEST = "best_model.zip"
 #: Class and policy of each algorithm
@@ -83,6 +85,7 @@ def train(
     minutes: float | None = None,
     model_path: Path | None = None,
     log_folder: Path | None = None,
+    episodes_path: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int | None = None,
     progress_bar: bool = False,
@@ -108,6 +111,7 @@ def train(
     :param minutes: Time after which training ends in any case. None for no such limit
     :param model_path: Where the model is saved when training has ended. None for nowhere
     :param log_folder: Where everything that the algorithm logs is kept, as CSV. None for nowhere
+    :param episodes_path: Where return and cost of each episode of the last evaluation are kept, as CSV. None for nowhere
     :param checkpoint: Folder of a checkpoint. If an interrupted run has left one there this run goes on from it; it is removed
         at the end
     :param checkpoint_every: Environment steps between checkpoints. None for none
@@ -126,6 +130,7 @@ def train(
         seed=seed,
         cost_gamma=cost_gamma,
         on_row=None if on_row is None else lambda row: on_row(recorder.model, row),
+        episodes_path=episodes_path,
     )
     callbacks.append(recorder)
     if minutes is not None:
@@ -192,7 +197,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--env", default="Safexp-PointButton1-v0", help="Gymnasium id of the task")
     parser.add_argument("--algo", default="algd", choices=list(ALGORITHMS), help="the algorithm")
     parser.add_argument("--diffusion", default="ve", choices=["ve", "ddpm"], help="type of ALGD's diffusion policy")
-    parser.add_argument("--steps", type=at_least(1), default=8000, help="environment steps, unless time is up before")
+    parser.add_argument("--steps", type=at_least(1), default=20_000, help="environment steps, unless time is up before")
     parser.add_argument("--minutes", type=at_least(0.0), default=8.5, help="time for training")
     parser.add_argument(
         "--eval-every", type=at_least(1), default=1000, help="environment steps between two points of the curve"
@@ -243,7 +248,7 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
         seed=args.seed,
         device=args.device,
         eval_every=args.eval_every,
-        n_episodes=5,
+        n_episodes=N_EPISODES,
         on_row=on_row,
         minutes=args.minutes,
         model_path=folder / "model.zip",
@@ -256,7 +261,8 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
 
 class BestFeasible:
     """
-    Keeps the model of the evaluation with the highest return within the limit.
+    Keeps the model of the evaluation with the highest return within the limit, by a standard error: the best of many
+    evaluations is a lucky one.
 
     :param path: The file of the model.
     """
@@ -268,7 +274,8 @@ class BestFeasible:
     def __call__(self, model: BaseAlgorithm, row: Row) -> None:
         """:param model: The model. :param row: Its evaluation."""
         assert isinstance(model, CostAwareAlgorithm)
-        if row["cost_mean"] <= np.asarray(model.cost_limit).item() and row["return_mean"] > self.best_return:
+        bound = row["cost_mean"] + row["cost_std"] / np.sqrt(N_EPISODES)
+        if bound <= np.asarray(model.cost_limit).item() and row["return_mean"] > self.best_return:
             self.best_return = row["return_mean"]
             model.save(self.path)
 

@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,6 +106,8 @@ ARGUMENTS_OF = [(algorithm, name) for algorithm in (ALGD, SACLag) for name in co
 
 #: How many values of each argument are tried; `make faults` tries more
 EXAMPLES = int(os.environ.get("SB3_ALGD_EXAMPLES", "8"))
+#: File that gets a line of counts for each argument; `make faults` shows it
+TABLE = os.environ.get("SB3_ALGD_TABLE")
 #: Of a large one the test would only see that it takes long
 SIZES = ("batch_size", "buffer_size", "gradient_steps", "n_steps")
 
@@ -132,6 +135,8 @@ def test_every_argument_has_its_rule(algorithm: Algorithm) -> None:
 
 @pytest.mark.parametrize("algorithm, name", [each for each in ARGUMENTS_OF if each[1] not in WITHOUT_RULE])
 def test_a_value_trains_or_is_refused_by_name(algorithm: Algorithm, name: str) -> None:
+    outcomes: Counter[str] = Counter()
+
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(GOOD[name] | ODD)
     def check(value: Any) -> None:
@@ -147,14 +152,19 @@ def test_a_value_trains_or_is_refused_by_name(algorithm: Algorithm, name: str) -
         if refused is not None:
             assert name in refused or (name == "multiplier_kwargs" and "`init_value`" in refused), refused
             assert not hasattr(model, "policy") and getattr(model, "replay_buffer", None) is None
+            outcomes["refused"] += 1
         elif name not in SIZES or value < 1000:
             # What diverges says so
             with contextlib.suppress(FloatingPointError):
                 model.learn(50)
+            outcomes["trained"] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check()
+    if TABLE is not None:
+        with open(TABLE, "a") as file:
+            file.write(f"| {algorithm.__name__} | `{name}` | {outcomes['trained']} | {outcomes['refused']} |\n")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +200,22 @@ def test_what_makes_no_sense_is_refused_in_one_form(algorithm: Algorithm, name: 
     for value in values:
         with pytest.raises(ValueError, match=rf"^`{name}` must be .*, got "):
             make_model_of(algorithm, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["policy_kwargs", "replay_buffer_kwargs"])
+def test_an_unknown_entry_is_named_with_its_argument(algorithm: Algorithm, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^`{name}` must have entries that .* takes \(.*\), got 'net_ach'"):
+        make_model_of(algorithm, **{name: {"net_ach": 1}})
+
+    class Buffer(CostReplayBuffer):
+        """One of others, which may take what it does not name."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.unnamed = kwargs.pop("unnamed")
+            super().__init__(*args, **kwargs)
+
+    model = make_model_of(algorithm, replay_buffer_class=Buffer, replay_buffer_kwargs=dict(unnamed=3))
+    assert isinstance(model.replay_buffer, Buffer) and model.replay_buffer.unnamed == 3
 
 
 def test_an_algorithm_can_add_rules() -> None:

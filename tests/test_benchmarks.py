@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import sb3_algd
 from benchmarks import plot, run, settings, toy
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.recorder import COLUMNS
+from sb3_algd.compare import engine
 from sb3_algd.plotting import read_curve
 
 ROOT = Path(__file__).parents[1]
@@ -141,55 +141,7 @@ def test_the_sacs_with_a_constraint_differ_in_the_penalty_only() -> None:
     assert ALGD("MlpPolicy", "TwoModes-v0", device="cpu").rho == 1
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "task", "expected"),
-    [("sac", "HopperSpeed-v0", 0.99), ("sac", "TwoModes-v0", 1.0), ("sac-lagrangian", "HopperSpeed-v0", None)],
-)
-def test_costs_are_recorded_in_the_unit_of_the_tasks_limit(algorithm: str, task: str, expected: float | None) -> None:
-    assert settings.cost_gamma(settings.Settings(task, algorithm, 1, 1, 1, 1, 1, "cpu", {})) == expected
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
-def prepare(folder: Path, seeds: tuple[int, ...] = (0,), changed: dict[str, Any] | None = None, **kwargs: Any) -> None:
-    given = settings.Settings("TwoModes-v0", "algd-ve", 10, 10, 1, 1, 1, "cpu", kwargs)
-    settings.prepare_folder(folder, replace(given, **(changed or {})), list(seeds), ["-m", "benchmarks.run"])
-
-
-@pytest.mark.parametrize(
-    ("changed", "kwargs", "message"),
-    [
-        ({"device": "cuda"}, {"rho": 1}, "device: cpu there, cuda now"),
-        ({"steps": 40}, {"rho": 1}, "steps: 10 there, 40 now"),
-        ({}, {"rho": 2}, "rho: 1 there, 2 now"),
-        ({}, {}, "rho: 1 there, None now"),
-        ({}, {"rho": 1, "score_kwargs": {"n_samples": 2}}, r"score_kwargs: None there, \{'n_samples': 2\} now"),
-    ],
-)
-def test_runs_with_other_settings_are_refused(
-    tmp_path: Path, changed: dict[str, Any], kwargs: dict[str, Any], message: str
-) -> None:
-    prepare(tmp_path, rho=1)
-    prepare(tmp_path, rho=1)
-    with pytest.raises(SystemExit, match=message):
-        prepare(tmp_path, changed=changed, **kwargs)
-
-
-def test_nothing_is_added_to_the_runs_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(tmp_path)
-    (tmp_path / "seed0.csv").touch()
-    monkeypatch.setattr(settings, "__version__", "9.9")
-    prepare(tmp_path)
-    with pytest.raises(SystemExit, match=rf"version: {sb3_algd.__version__} there, 9\.9 now"):
-        prepare(tmp_path, seeds=(0, 1))
-
-
-@pytest.mark.parametrize("left", ["seed0.csv", "seed0_checkpoint"])
-def test_runs_without_settings_are_not_taken_for_others(tmp_path: Path, left: str) -> None:
-    (tmp_path / left).touch()
-    with pytest.raises(SystemExit, match=f"{left}, but no settings.yaml"):
-        prepare(tmp_path)
+# --- committed results --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted(settings.RESULTS.glob("*/*/settings.yaml")), ids=lambda path: path.parent.name)
@@ -200,7 +152,7 @@ def test_the_command_of_a_committed_result_is_the_one_that_makes_it(
         assert not given, "there is no CSV for a seed of the command"
         return 0
 
-    monkeypatch.setattr(run, "run_all", missing)
+    monkeypatch.setattr(engine, "run_all", missing)
     monkeypatch.setattr(toy, "train", missing)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     _, _, module, *arguments = shlex.split(yaml.safe_load(path.read_text())["command"])
@@ -223,28 +175,6 @@ def test_the_arguments_of_a_committed_result_are_arguments_of_today(path: Path) 
         # A schedule, in the notation of the Zoo
         del kwargs["actor_learning_rate"]
     model_class(policy, "TwoModes-v0", device="cpu", **{**kwargs, "buffer_size": 100})
-
-
-@pytest.mark.parametrize(
-    ("pairs", "expected"),
-    [
-        (["rho=0"], {"rho": 0}),
-        (["learning_rate=3e-4"], {"learning_rate": 3e-4}),
-        (["multiplier_kwargs.space=log", "tau=0.01"], {"multiplier_kwargs": {"space": "log"}, "tau": 0.01}),
-        (
-            ["policy_kwargs.a=null", "policy_kwargs.net_arch.pi=[8, 8]"],
-            {"policy_kwargs": {"a": None, "net_arch": {"pi": [8, 8]}}},
-        ),
-    ],
-)
-def test_overrides_are_yaml(pairs: list[str], expected: dict[str, Any]) -> None:
-    assert settings.parse_overrides(pairs) == expected
-
-
-def test_overrides_win_and_leave_the_defaults_alone() -> None:
-    base = {"a": 1, "nested": {"x": 1, "y": 2}}
-    assert settings.merged(base, {"nested": {"x": 3}, "b": 4}) == {"a": 1, "nested": {"x": 3, "y": 2}, "b": 4}
-    assert base == {"a": 1, "nested": {"x": 1, "y": 2}}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -341,15 +271,18 @@ def test_a_page_that_is_refused_changes_nothing(small_results: Path) -> None:
     assert not (small_results / "img").exists()
 
 
-@pytest.mark.parametrize("name", ["results.md", "results-appendix.md"])
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [("results.md", "results"), ("results-0.1.0.md", "results-0.1.0"), ("results-appendix.md", "results-0.1.0")],
+)
 def test_the_tables_of_a_page_are_those_of_the_committed_runs(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plot, "draw", lambda *args: None)
     published = (ROOT / "docs" / name).read_text()
     page = tmp_path / name
     page.write_text(published)
-    plot.main(["--out", str(tmp_path), "--page", str(page)])
+    plot.main(["--results", str(ROOT / "benchmarks" / results), "--out", str(tmp_path), "--page", str(page)])
     assert page.read_text() == published
 
 

@@ -1,5 +1,6 @@
 """Costs in the replay buffers."""
 
+import copy
 import pickle
 from typing import Any
 
@@ -246,6 +247,17 @@ def test_non_finite_numbers_are_refused_and_nothing_is_stored(name: str) -> None
     with pytest.raises(ValueError, match="non-finite"):
         buffer.add(**data)
     assert pickle.dumps(buffer) == before
+
+
+def test_a_copy_keeps_the_function_that_reads_costs() -> None:
+    def total(info: dict[str, Any]) -> float:
+        return sum(info["cost"])
+
+    buffer = filled(CostReplayBuffer(30, OBSERVATIONS, ACTIONS, "cpu", N_ENVS, cost_key=total), 2)
+    copied = copy.deepcopy(buffer)
+    copied.add(**transition(2))
+    assert copied.size() == 3 and buffer.size() == 2
+    assert pickle.loads(pickle.dumps(buffer)).cost_key is None  # as before: another process may not have it
 
 
 def test_a_wrong_number_of_costs_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,21 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name}" in told for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("plot_train -e TwoModes-v0 -f {0}/nowhere", "There is no .*nowhere/algd: name the log folder with -f"),
+        ("plot_from_file -i {0}/nowhere.pkl", "There is no .*nowhere.pkl: name .* the file with -i"),
+        ("push_to_hub --env TwoModes-v0 -orga x -f {0}/nowhere", "nowhere/algd folder was not found"),
+    ],
+)
+def test_what_is_not_there_is_named(command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It replaces its own command line
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit, match=message):
+        cli.main(command.format(tmp_path).split())
+
+
 def test_without_the_zoo() -> None:
     told = run_on_base("sb3_algd.cli", "--help")
     assert told.returncode == 0
@@ -35,6 +51,10 @@ def test_without_the_zoo() -> None:
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert "pip install" in refused.stderr
+    refused = run_on_base("sb3_algd.cli", "compare", "--env", "TwoModes-v0")
+    assert refused.stderr == "The figure needs matplotlib. Install with: pip install matplotlib\n"
+    refused = run_on_base("sb3_algd.cli", "compare", "--env", "TwoModes-v0", "--algos", "nothing")
+    assert "invalid choice: 'nothing'" in refused.stderr
 
 
 def test_environments_name_the_extra_that_they_need() -> None:

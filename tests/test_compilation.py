@@ -151,7 +151,7 @@ def test_what_cannot_be_compiled_runs_eagerly_or_is_an_error(
     [
         (True, True, 1, None),
         (True, True, 1000, "10 of them take less time than compiling"),
-        (False, True, 1, "on this CPU that needs reduced_precision=True"),
+        (False, True, 1, "on a CPU that needs reduced_precision"),
         (True, False, 1, "there is no C++ compiler"),
     ],
 )
@@ -166,6 +166,15 @@ def test_updates_are_compiled_where_that_pays(
     assert bool(model._compiled) == (said is None)
     out = capsys.readouterr().out
     assert said in out if said else "not compiled" not in out
+
+
+@pytest.mark.parametrize(("fast", "compiled"), [(True, True), (False, True), (True, False)])
+def test_bfloat16_where_it_is_faster(fast: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(th, "compile", lambda function, **options: function)
+    assert make_model(compile=compiled).learn(21).uses_bfloat16 == (fast and compiled)
+    assert make_model(compile=compiled, reduced_precision=True).learn(21).uses_bfloat16
+    assert not make_model(compile=compiled, reduced_precision=False).learn(21).uses_bfloat16
 
 
 def test_a_resumed_training_keeps_what_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,3 +96,12 @@ def test_same_rewards_as_sb3_and_callback_and_threshold() -> None:
     assert seen == [0] * 6
     with pytest.raises(AssertionError, match="below threshold"):
         evaluate_policy(ZeroPolicy(), Monitor(CountingEnv()), 3, reward_threshold=5.0)
+
+
+def test_an_action_that_is_not_finite_is_the_policys_fault() -> None:
+    class Spoilt(ZeroPolicy):
+        def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, None]:
+            return np.full((1, 1), np.nan, dtype=np.float32), None
+
+    with pytest.raises(FloatingPointError, match=r"The policy's action became \[\[nan\]\].*weights"):
+        evaluate_policy(Spoilt(), CountingEnv(), 1, warn=False)

@@ -14,6 +14,7 @@ LEAVES = {
     "own_environment": ("energy ", ""),
     "quickstart": ("(limit: 64)", "two_modes.zip"),
     "resume": ("the same weights: True", "checkpoint/checkpoint.json"),
+    "ros_like": ("100 actions, cost ", "agent.onnx"),
     "sac_lagrangian": ("SACLag: return ", ""),
     "several_constraints": ("aside: ", ""),
     "zoo": ("the agent that comes along: return 7", "logs/algd/TwoModes-v0_1/TwoModes-v0.zip"),

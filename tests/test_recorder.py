@@ -189,3 +189,19 @@ def test_every_random_generator_is_kept() -> None:
     with preserved_random_state(th.device("cpu")):
         assert draw() == expected
     assert draw() == expected
+
+
+def test_a_function_that_reads_costs_is_called_once_a_step(tmp_path: Path) -> None:
+    seen = []
+
+    def count(info: dict[str, Any]) -> float:
+        seen.append(info["cost"])
+        return info["cost"]
+
+    with_key, without = (tmp_path / name for name in ("with.csv", "without.csv"))
+    recorder = LearningCurveRecorder(with_key, make_envs, eval_freq=100, n_episodes=1)
+    recorder._play = lambda *args, **kwargs: ([0.0], np.zeros(1))  # type: ignore[method-assign]
+    make_model(n_envs=2, cost_key=count).learn(20, callback=recorder)
+    assert seen == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0] * 2
+    make_model(n_envs=2).learn(20, callback=LearningCurveRecorder(without, make_envs, eval_freq=100, n_episodes=1))
+    assert read_rows(with_key)[0]["train_cost"] == read_rows(without)[0]["train_cost"] == "15"

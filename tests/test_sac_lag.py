@@ -306,6 +306,17 @@ def test_a_fixed_entropy_coefficient_can_be_given_anew(tmp_path: Path) -> None:
     assert SACLag.load(tmp_path / "model", ent_coef=0.1).ent_coef_tensor.item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    "saved, given, message", [(0.3, "auto", "a number"), ("auto", 0.3, "'auto'"), ("auto_0.1", "0.3", "'auto'")]
+)
+def test_a_fixed_entropy_coefficient_is_not_loaded_as_a_learned_one(
+    tmp_path: Path, saved: Any, given: Any, message: str
+) -> None:
+    make_model(ent_coef=saved).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"`ent_coef` must be {message}.* as the model was saved, got {given!r}"):
+        SACLag.load(tmp_path / "model", ent_coef=given)
+
+
 # --- policies --------------------------------------------------------------------------------------------------------
 
 

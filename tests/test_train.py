@@ -1,5 +1,6 @@
 """``python -m sb3_algd.train``, the program behind ``make train``."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,35 @@ def test_it_leaves_model_curve_and_picture_and_prints_the_verdict(tmp_path: Path
     assert ALGD.load(folder / "model").num_timesteps == 120
     output = capsys.readouterr().out
     stochastic, deterministic = (line for line in output.splitlines() if line.startswith("Last model"))
-    for line, name in ((stochastic, "20 stochastic episodes"), (deterministic, "1 deterministic episode:")):
+    for line, name in ((stochastic, f"{train.N_FINAL_EPISODES} stochastic episodes"), (deterministic, "1 deterministic episode:")):
         assert line.startswith(f"Last model, {name}")
-        cost = float(line.split(", cost ")[1].split()[0])
-        assert line.endswith(f"limit 64: {'within the limit' if cost <= 64 else 'OVER the limit'}")
+        found = re.search(r", cost ([\d.]+) \+/- [\d.]+(?: \(95% confidence: ([\d.]+) to ([\d.]+)\))?", line)
+        assert found is not None
+        mean, lower, upper = found.groups()
+        if name.startswith("1 "):
+            # Of one episode there is no interval
+            assert lower is None
+            lower = upper = mean
+        assert float(lower) <= float(mean) <= float(upper)
+        outcome = "within the limit" if float(upper) <= 64 else "OVER the limit" if float(lower) > 64 else "undecided"
+        assert line.endswith(f"limit 64: {outcome}")
 
 
-@pytest.mark.parametrize(("rows", "kept"), [([(1.0, 65.0)], None), ([(9.0, 65.0), (1.0, 64.0), (2.0, 3.0), (1.5, 0.0)], 2)])
-def test_the_best_feasible_model_is_kept(rows: list[tuple[float, float]], kept: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([(1.0, 65.0, 0.0)], None),
+        ([(9.0, 65.0, 0.0), (1.0, 64.0, 0.0), (2.0, 3.0, 0.0), (1.5, 0.0, 0.0)], 2),
+        # Ten episodes with a standard deviation of 10: a standard error of 3.2
+        ([(9.0, 62.0, 10.0), (1.0, 60.0, 10.0)], 1),
+    ],
+)
+def test_the_best_feasible_model_is_kept(rows: list[tuple[float, float, float]], kept: int | None, tmp_path: Path) -> None:
     model = ALGD("DiffusionPolicy", "TwoModes-v0", policy_kwargs={"net_arch": [4]}, buffer_size=10)
     keep = train.BestFeasible(tmp_path / train.BEST)
-    for index, (mean_return, mean_cost) in enumerate(rows):
+    for index, (mean_return, mean_cost, cost_std) in enumerate(rows):
         model.num_timesteps = index
-        keep(model, {"return_mean": mean_return, "cost_mean": mean_cost})
+        keep(model, {"return_mean": mean_return, "cost_mean": mean_cost, "cost_std": cost_std})
     assert keep.path.is_file() == (kept is not None)
     if kept is not None:
         assert ALGD.load(keep.path).num_timesteps == kept

@@ -25,6 +25,7 @@ from sb3_algd import ALGD, SACLag, cli
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.envs.catalogue import OWN, SPEED, STOCK, entries
 from sb3_algd.envs.wrappers import EpisodeCost
+from sb3_algd.export import load_policy
 from sb3_algd.zoo import CONFIGS, TRAINED_AGENTS, is_constrained, plot_costs, register
 from sb3_algd.zoo.commandline import agents_to_show
 from sb3_algd.zoo.manager import CostExperimentManager
@@ -205,6 +206,18 @@ def test_push_to_hub_tells_the_costs(algo: str, logs: Path, monkeypatch: pytest.
     assert f"**{ALGORITHMS[algo].__name__}** Agent" in card
     assert f"python -m sb3_algd.zoo enjoy --algo {algo}" in card
     assert "-m rl_zoo3" not in card
+    assert f"Verdict: {results['verdict']}." in card
+    # What a stranger may load
+    assert "from sb3_algd.export import load_policy" in card
+    policy = load_policy(repo)
+    assert policy.config["task"] == ENV and policy.config["results"]["mean_cost"] == results["mean_cost"]
+    model = ALGORITHMS[algo].load(logs / algo / f"{ENV}_1" / f"{ENV}.zip", device="cpu")
+    observation = np.full(1, 0.3, dtype=np.float32)
+    for action in (
+        policy.predict(observation, deterministic=True)[0],
+        policy.predict(observation[None], deterministic=True)[0][0],
+    ):
+        np.testing.assert_allclose(action, model.predict(observation, deterministic=True)[0], atol=1e-6)
 
 
 def test_an_algorithm_of_others_is_trained_and_enjoyed(

@@ -258,7 +258,20 @@ def test_a_worker_that_comes_second_at_making_the_tables_tries_again(
         return create_study(*args, **kwargs)
 
     monkeypatch.setattr(optuna, "create_study", failing_once)
-    monkeypatch.setattr("sb3_algd.zoo.manager.TABLES_SECONDS", 0)
+    monkeypatch.setattr("sb3_algd.zoo.storage.PAUSE_SECONDS", 0)
     optimize("cost_limit:999.5", "--n-trials", "1", "--storage", f"sqlite:///{tmp_path / 'study.db'}", "--study-name", "s")
     assert len(calls) == 2
     assert len(optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}").trials) == 1
+
+
+def test_a_worker_whose_trial_was_given_up_says_so(optimize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = f"sqlite:///{tmp_path / 'study.db'}"
+
+    def train_for_too_long(self: ALGD, gradient_steps: int, batch_size: int = 256) -> None:
+        study = optuna.load_study(study_name="s", storage=database)
+        if study.trials[0].state == TrialState.RUNNING:
+            study.tell(0, state=TrialState.FAIL)
+
+    monkeypatch.setattr(ALGD, "train", train_for_too_long)
+    with pytest.raises(SystemExit, match=r"Trial 0 gave no sign of life for 120 s, so it counts as failed: .* suspended"):
+        optimize("cost_limit:999.5", "--n-trials", "1", "--storage", database, "--study-name", "s")

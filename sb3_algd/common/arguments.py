@@ -7,7 +7,7 @@ import difflib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
+from sb3_algd.common.buffers import CostNStepReplayBuffer, cost_buffer_class
 from sb3_algd.common.legacy import refuse_old_arguments
 
 SelfChecked = TypeVar("SelfChecked", bound="CheckedAlgorithm")
@@ -217,18 +218,34 @@ def check_arguments(values: Mapping[str, Any], rules: Mapping[str, Rule] = ARGUM
             raise ValueError(f"`{name}` must be {rules[name].must_be}, got {value!r}.")
 
 
-def constructor_arguments(algorithm: type) -> list[str]:
-    """:param algorithm: A class. :return: Names of all arguments of its constructor, those that it hands on among them."""
+def constructor_arguments(cls: type) -> list[str]:
+    """:param cls: A class. :return: Names of all arguments of its constructor, those that it hands on among them."""
     names: list[str] = []
-    for cls in algorithm.__mro__:
-        if "__init__" not in vars(cls):
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
             continue
-        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
         named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
         names += [name for name in named[1:] if name not in names]
         if not any(each.kind == each.VAR_KEYWORD for each in parameters):
             break
     return names
+
+
+def check_entries(argument: str, entries: Iterable[str], cls: type) -> None:
+    """
+    Refuse entries that one of our classes does not take. Those of others may take what their constructors do not name.
+
+    :param argument: The argument, a dictionary
+    :param entries: Its entries
+    :param cls: Class that gets them
+    :raises TypeError: If there is no such entry
+    """
+    known = constructor_arguments(cls)
+    for entry in entries:
+        if entry not in known and cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            listed = ", ".join(known)
+            raise TypeError(f"`{argument}` must have entries that {cls.__name__} takes ({listed}), got {entry!r}.")
 
 
 class CheckedAlgorithm(OffPolicyAlgorithm):
@@ -251,6 +268,12 @@ class CheckedAlgorithm(OffPolicyAlgorithm):
         """Refuse arguments that cannot work. They are attributes now, some of which may have been given to ``load()``."""
         names = constructor_arguments(type(self))
         check_arguments({name: getattr(self, name) for name in names if hasattr(self, name)}, self.argument_rules)
+        buffer_class = (
+            CostNStepReplayBuffer if self.replay_buffer_class is None else cost_buffer_class(self.replay_buffer_class)
+        )
+        check_entries("replay_buffer_kwargs", self.replay_buffer_kwargs, buffer_class)
+        # The algorithm says itself why it has no gSDE
+        check_entries("policy_kwargs", [name for name in self.policy_kwargs if name != "use_sde"], self.policy_class)
 
     @classmethod
     def load(cls: type[SelfChecked], path: Any, *args: Any, **kwargs: Any) -> SelfChecked:

@@ -5,8 +5,9 @@ Costs are vectors of ``n_constraints`` numbers per step, read from the environme
 (VecNormalize scales rewards, never costs).
 """
 
+import copy
 import warnings
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -17,6 +18,8 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_algd.common.episode_costs import CostKey, read_costs
 from sb3_algd.common.guards import check_finite
+
+SelfStorage = TypeVar("SelfStorage", bound="CostStorage")
 
 
 class CostReplayBufferSamples(NamedTuple):
@@ -57,6 +60,8 @@ class CostStorage(ReplayBuffer):
     rewritten_arrays: ClassVar[tuple[str, ...]] = ()
     #: Names of attributes that follow the model's arguments, also in a buffer that was loaded from a file
     model_settings: ClassVar[tuple[str, ...]] = ("cost_key", "reward_cut_key")
+    #: Infos of a step that is about to be added, and what read_costs() has found there
+    _read: tuple[Any, tuple[np.ndarray, bool]] | None = None
 
     def __init__(
         self,
@@ -81,10 +86,20 @@ class CostStorage(ReplayBuffer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
+        state.pop("_read", None)
         if callable(self.cost_key):
             # A lambda cannot be pickled, and its user has it anyway: the model that loads the buffer gives it its own
             state["cost_key"] = None
         return state
+
+    def __deepcopy__(self: SelfStorage, memo: dict[int, Any]) -> SelfStorage:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        # HER's has a method for it
+        getattr(copied, "__setstate__", copied.__dict__.update)(copy.deepcopy(self.__getstate__(), memo))
+        # What a file cannot keep, a copy can
+        copied.cost_key = self.cost_key
+        return copied
 
     def adopt_settings(self, other: "CostStorage") -> None:
         """
@@ -104,6 +119,23 @@ class CostStorage(ReplayBuffer):
         # Files of version 0.1.0 have neither
         self.cost_reported = getattr(self, "cost_reported", True)
         self.lowest_costs = getattr(self, "lowest_costs", np.minimum(self.costs.min(axis=(0, 1)), 0.0))
+
+    def read_costs(self, infos: list[dict[str, Any]]) -> tuple[np.ndarray, bool]:
+        """
+        Costs of a step that is about to be added. A ``cost_key`` function is called once for it, whoever else asks.
+
+        :param infos: Infos of the step
+        :return: Costs of shape (n_envs, n_constraints), and whether any environment reports one
+        :raises ValueError: If a cost is not finite, or their number is wrong
+        """
+        if self.cost_key is None:
+            raise ValueError(
+                "This replay buffer comes from a file, and its cost_key was a function, which is not stored: "
+                "set its attribute cost_key before adding to it."
+            )
+        if self._read is None or self._read[0] is not infos:
+            self._read = infos, read_costs(infos, self.cost_key, self.n_constraints)
+        return self._read[1]
 
     def add(
         self,
@@ -126,12 +158,8 @@ class CostStorage(ReplayBuffer):
         :raises ValueError: If the next observation, reward or cost is not finite, or the number of costs is wrong; nothing is
             stored. (The observation was a next one, or the model has checked it after a reset.)
         """
-        if self.cost_key is None:
-            raise ValueError(
-                "This replay buffer comes from a file, and its cost_key was a function, which is not stored: "
-                "set its attribute cost_key before adding to it."
-            )
-        costs, reported = read_costs(infos, self.cost_key, self.n_constraints)
+        costs, reported = self.read_costs(infos)
+        self._read = None
         check_finite("observation", next_obs)
         check_finite("reward", np.asarray(reward))
         self.cost_reported |= reported

@@ -58,6 +58,8 @@ class CostEvalCallback(EvalCallback):
     :param confidence: If given, a model counts as feasible only if the upper bound of its expected cost with this confidence
         is within its limits, see :func:`~sb3_algd.common.verdict.constraint_verdict`. The bound takes the place of the mean
         also where models that exceed their limits are compared. It needs more than the default number of episodes
+    :param max_cost: The largest cost that an episode can have, for these bounds where few episodes have a cost. If None, ten
+        times the limit, or twice the largest cost of the evaluation where that is more
     :param kwargs: Further keyword arguments of ``EvalCallback``
     """
 
@@ -74,6 +76,7 @@ class CostEvalCallback(EvalCallback):
         best_model_save_path: str | None = None,
         deterministic: bool = False,
         confidence: float | None = None,
+        max_cost: Any = None,
         **kwargs: Any,
     ) -> None:
         if confidence is not None and not 0.0 < confidence < 1.0:
@@ -90,6 +93,7 @@ class CostEvalCallback(EvalCallback):
             **kwargs,
         )
         self.confidence = confidence
+        self.max_cost = max_cost
         self._new_best_callback = callback_on_new_best
         self.evaluations_costs: list[np.ndarray] = []
         #: By how much the best model so far exceeds its limits, 0 if it is feasible
@@ -150,7 +154,11 @@ class CostEvalCallback(EvalCallback):
         limits = np.asarray(self.model.cost_limit)
         finished = len(self._counter.episode_costs) == self.n_eval_episodes
         if self.confidence is not None and finished:
-            costs = constraint_verdict(self._counter.episode_costs, limits, self.confidence).upper
+            max_cost = self.max_cost
+            if max_cost is None:
+                # Without one a model whose episodes have no cost could never be feasible
+                max_cost = np.maximum(10.0 * limits, 2.0 * np.max(self._counter.episode_costs, axis=0))
+            costs = constraint_verdict(self._counter.episode_costs, limits, self.confidence, max_cost).upper
             for i, cost in enumerate(costs):
                 self.logger.record("eval/upper_ep_cost" if len(costs) == 1 else f"eval/upper_ep_cost_{i}", float(cost))
         excess = relative_excess(costs, limits)

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.common.episode_costs import CostKey, EpisodeCostTracker, read_cost, read_costs
 from sb3_algd.common.guards import explain_environment_errors, warn_user
+from sb3_algd.common.verdict import OVER, WITHIN, constraint_verdict
 
 
 def cost_discount(model: Any) -> float:
@@ -54,7 +55,13 @@ class CostCounter:
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """Count one step of one environment, see SB3's ``evaluate_policy`` for the arguments."""
-        info = locals_["info"]
+        info, actions = locals_["info"], locals_["actions"]
+        if not np.isfinite(actions).all():
+            # Before the environment is blamed for what it made of it
+            raise FloatingPointError(
+                f"The policy's action became {actions.tolist()} in an evaluation: look at the model's weights, and at the "
+                "observations if they are finite."
+            )
         if self.n_constraints is None:
             cost = read_cost(info, self.cost_key)
             if cost is not None:
@@ -114,6 +121,7 @@ def evaluate_policy(
         lists and an array if ``return_episode_rewards`` is True.
     :raises ValueError: If a cost is not finite, the number of costs changes, or ``step`` returns six values.
     :raises RuntimeError: If the process of an environment died.
+    :raises FloatingPointError: If an action is not finite.
     """
     # Costs that the caller has chosen may be others than the model's, and of another number
     n_constraints = getattr(model, "n_constraints", None) if cost_key is None else None
@@ -153,7 +161,7 @@ def evaluate_policy(
 
 def describe_evaluation(name: str, model: Any, env: VecEnv, n_eval_episodes: int = 20, deterministic: bool = False) -> str:
     """
-    Evaluate a model, and say whether it keeps its limits.
+    Evaluate a model, and say whether it keeps its limits, as far as these episodes can tell.
 
     :param name: What the line begins with.
     :param model: A model with cost limits.
@@ -162,12 +170,16 @@ def describe_evaluation(name: str, model: Any, env: VecEnv, n_eval_episodes: int
     :param deterministic: Whether actions are deterministic.
     :return: A line with return, cost and limit, and one more cost and limit for each further constraint.
     """
-    mean_return, std_return, *costs = evaluate_policy(model, env, n_eval_episodes, deterministic, warn=False)
-    means, stds = (np.atleast_1d(cost) for cost in costs)
+    returns, _, costs = evaluate_policy(model, env, n_eval_episodes, deterministic, return_episode_rewards=True, warn=False)
     unit = "discounted cost" if model.cost_limit_discounted else "cost"
     episodes = f"{n_eval_episodes} {'deterministic' if deterministic else 'stochastic'} episode{'s' * (n_eval_episodes > 1)}"
-    verdicts = [
-        f"{unit} {mean:.2f} +/- {std:.2f}, limit {limit:g}: {'within the limit' if mean <= limit else 'OVER the limit'}"
-        for mean, std, limit in zip(means, stds, model.cost_limit, strict=True)
-    ]
-    return f"{name}, {episodes}: return {mean_return:.2f} +/- {std_return:.2f}, {'; '.join(verdicts)}"
+    verdict = constraint_verdict(costs, model.cost_limit)
+    parts = []
+    for i, (outcome, limit) in enumerate(zip(verdict.each, verdict.limit, strict=True)):
+        interval = f" ({verdict.interval(i)})"
+        if n_eval_episodes == 1:
+            # One episode decides nothing: how it compares is all there is to say
+            interval, outcome = "", WITHIN if verdict.mean[i] <= limit else OVER
+        outcome = outcome.replace("over", "OVER")
+        parts.append(f"{unit} {verdict.mean[i]:.2f} +/- {verdict.std[i]:.2f}{interval}, limit {limit:g}: {outcome}")
+    return f"{name}, {episodes}: return {np.mean(returns):.2f} +/- {np.std(returns):.2f}, {'; '.join(parts)}"

@@ -13,6 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_algd.common.buffers import CostStorage
 from sb3_algd.common.episode_costs import CostKey, EpisodeCostTracker, read_costs
 from sb3_algd.common.evaluation import cost_discount, evaluate_policy
 from sb3_algd.common.random_state import preserved_random_state
@@ -98,6 +99,7 @@ class LearningCurveRecorder(BaseCallback):
     :param cost_key: Key of ``info`` that holds the cost, or a function of it. None for the model's own.
     :param cost_gamma: Discount factor of evaluated costs. None for that of the model's limit.
     :param on_row: Called with each new row.
+    :param episodes_path: CSV file of return and cost of each stochastic episode of the last evaluation. None for no such file.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class LearningCurveRecorder(BaseCallback):
         cost_key: CostKey | None = None,
         cost_gamma: float | None = None,
         on_row: Callable[[Row], None] | None = None,
+        episodes_path: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.path = Path(path)
@@ -123,6 +126,9 @@ class LearningCurveRecorder(BaseCallback):
         self.cost_key = cost_key
         self.cost_gamma = cost_gamma
         self.on_row = on_row
+        self.episodes_path = None if episodes_path is None else Path(episodes_path)
+        #: Return and cost of each stochastic episode of the last evaluation, shape (n_episodes, 2)
+        self.last_episodes = np.empty((0, 2))
         self.rows: list[Row] = []
         #: Time spent on training alone, which is what a user without this recorder would wait for
         self.seconds = 0.0
@@ -151,7 +157,11 @@ class LearningCurveRecorder(BaseCallback):
     def _on_step(self) -> bool:
         self.seconds += self._stopwatch.lap()
         assert self.cost_key is not None
-        costs, _ = read_costs(self.locals["infos"], self.cost_key, 1)
+        infos, buffer = self.locals["infos"], self.locals.get("replay_buffer")
+        if isinstance(buffer, CostStorage) and buffer.cost_key == self.cost_key:
+            costs, _ = buffer.read_costs(infos)
+        else:
+            costs, _ = read_costs(infos, self.cost_key, 1)
         self._training_costs.update(costs, self.locals["dones"])
         if self.num_timesteps >= self._next_eval:
             self._next_eval += self.eval_freq
@@ -166,6 +176,7 @@ class LearningCurveRecorder(BaseCallback):
         self.seconds += self._stopwatch.lap()
         returns, costs = self._play(self.stochastic_env, self.n_episodes, deterministic=False)
         returns_det, costs_det = self._play(self.deterministic_env, self.n_deterministic, deterministic=True)
+        self.last_episodes = np.column_stack([returns, costs])
         train_costs = self._training_costs.discounted_costs
         multiplier = getattr(self.model, "lagrange_multiplier", None)
         row = {
@@ -221,6 +232,9 @@ class LearningCurveRecorder(BaseCallback):
     def _on_training_end(self) -> None:
         if not self.rows or self.rows[-1]["step"] != self.num_timesteps:
             self._record()
+        if self.episodes_path is not None:
+            # Before the curve, whose name says that nothing is left to do
+            np.savetxt(self.episodes_path, self.last_episodes, "%.6g", ",", header="return,cost", comments="")
         self.partial_path.replace(self.path)
         self.stochastic_env.close()
         self.deterministic_env.close()

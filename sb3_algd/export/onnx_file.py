@@ -18,14 +18,14 @@ from typing import Any, Literal
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-import sb3_algd
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from sb3_algd.common.lagrange import EnergyTerms
 from sb3_algd.common.policies import ConstrainedPolicy
-from sb3_algd.export.parity import OBSERVATION, Observation, compare
+from sb3_algd.export.description import copy_policy, describe_model, find_vec_normalize, raw_observation_space
+from sb3_algd.export.parity import Observation, compare
+from sb3_algd.export.spaces import OBSERVATION, as_dict
 from sb3_algd_runtime import FORMAT, METADATA_KEY, NOISE, Agent
 
 #: Largest difference to ``predict`` with which a file is written, as a share of half the action's range where that is above 1
@@ -93,11 +93,6 @@ class ExportedPolicy(nn.Module):
         return self.low + 0.5 * (scaled + 1.0) * self.range
 
 
-def as_dict(space: spaces.Space) -> dict[str, spaces.Space]:
-    """:param space: A space of observations. :return: Its parts by name."""
-    return dict(space.spaces) if isinstance(space, spaces.Dict) else {OBSERVATION: space}
-
-
 def export_onnx(
     model: ConstrainedOffPolicyAlgorithm,
     path: str | os.PathLike[str],
@@ -156,53 +151,6 @@ def export_onnx(
     return difference
 
 
-def copy_policy(model: ConstrainedOffPolicyAlgorithm) -> ConstrainedPolicy:
-    """
-    :param model: The model
-    :return: A copy of its policy on the CPU and in evaluation mode, which knows the terms of the energy
-    """
-    # As it is loaded from a file: distributions of SB3's actors hold tensors that cannot be copied
-    with th.random.fork_rng():
-        policy = type(model.policy)(**model.policy._get_constructor_parameters()).to("cpu").requires_grad_(False)
-    policy.load_state_dict({name: value.cpu() for name, value in model.policy.state_dict().items()})
-    policy.set_training_mode(False)
-    policy.energy_terms = EnergyTerms(*(term.detach().cpu() for term in model._energy_terms(model.units.moments)))
-    return policy
-
-
-def find_vec_normalize(
-    model: ConstrainedOffPolicyAlgorithm, vec_normalize: VecNormalize | Literal["auto"] | None
-) -> VecNormalize | None:
-    """
-    :param model: The model
-    :param vec_normalize: See :func:`export_onnx`
-    :return: The wrapper whose statistics belong to the model, None for none
-    :raises ValueError: If that is unknown.
-    """
-    if vec_normalize is None or isinstance(vec_normalize, VecNormalize):
-        return vec_normalize
-    if vec_normalize != "auto":
-        raise ValueError(f"vec_normalize must be a VecNormalize wrapper, None or 'auto', got {vec_normalize!r}.")
-    if model.env is None:
-        raise ValueError(
-            "The model has no environment, which would tell whether it was trained with VecNormalize: give "
-            "vec_normalize=VecNormalize.load(...) with the saved statistics, or vec_normalize=None if it was trained without."
-        )
-    return model.get_vec_normalize_env()
-
-
-def raw_observation_space(model: ConstrainedOffPolicyAlgorithm, vec_normalize: VecNormalize | None) -> spaces.Space:
-    """
-    :param model: The model
-    :param vec_normalize: Its wrapper, if any
-    :return: Space of the observations before they are normalised and images are transposed
-    """
-    if vec_normalize is not None:
-        return vec_normalize.venv.observation_space
-    transposed = None if model.env is None else unwrap_vec_wrapper(model.env, VecTransposeImage)
-    return model.observation_space if transposed is None else transposed.venv.observation_space
-
-
 def check_spaces(raw: spaces.Space, of_policy: spaces.Space) -> None:
     """
     Refuse raw observations that are not the policy's, but for the place of the channels.
@@ -236,14 +184,9 @@ def describe(
     :return: The metadata of the file
     """
     action_space = model.action_space
-    if task is None and model.env is not None:
-        spec = model.env.get_attr("spec")[0]
-        task = None if spec is None else spec.id
     return {
+        **describe_model(model, task, results),
         "format": FORMAT,
-        "version": sb3_algd.__version__,
-        "algorithm": type(model).__name__,
-        "task": task,
         "is_dict": graph.is_dict,
         "observations": {
             name: {"shape": list(space.shape or ()), "dtype": str(space.dtype)} for name, space in graph.raw_spaces.items()
@@ -258,12 +201,6 @@ def describe(
         "n_candidates": graph.n_candidates,
         "deterministic": graph.deterministic,
         "normalized": sorted(graph.statistics),
-        "num_timesteps": model.num_timesteps,
-        "cost_limit": np.asarray(model.cost_limit).tolist(),
-        "cost_limit_discounted": bool(model.cost_limit_discounted),
-        "cost_gamma": model.cost_gamma,
-        "episode_length": model.episode_length,
-        "results": results or {},
     }
 
 

@@ -9,6 +9,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.policies import ConstrainedPolicy
+from sb3_algd.export.spaces import OBSERVATION
 from sb3_algd_runtime import Agent
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 #: By how much the energy of the exported choice may exceed the lowest one, relative to 1 + |energy|: single precision
 MAX_ENERGY_DIFFERENCE = 1e-4
 N_CHECKS = 64
-#: Name of the only observation where the space is no Dict
-OBSERVATION = "observation"
 
 Observation = dict[str, np.ndarray]
 

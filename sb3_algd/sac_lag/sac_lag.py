@@ -233,7 +233,11 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        self._learns_ent_coef = isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto")
+        learns = isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto")
+        if learns != getattr(self, "_learns_ent_coef", learns):
+            kind = "a number" if learns else "'auto' or 'auto_<number>'"
+            raise ValueError(f"`ent_coef` must be {kind}, as the model was saved, got {self.ent_coef!r}.")
+        self._learns_ent_coef = learns
 
     def _initial_ent_coef(self) -> float:
         if self.ent_coef == "auto":

@@ -2,8 +2,10 @@
 The Zoo's ``enjoy``: watch a trained agent, and see what it earns and what it costs.
 
     python -m sb3_algd.zoo enjoy --env Safexp-PointButton1-v0
+    python -m sb3_algd.zoo enjoy --onnx agent.onnx
 """
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -18,6 +20,7 @@ from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolic
 from sb3_algd.common.episode_costs import EpisodeCostTracker, read_costs
 from sb3_algd.common.evaluation import cost_discount
 from sb3_algd.common.verdict import constraint_verdict
+from sb3_algd.export.description import ExportedConstraint
 from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import (
     agents_to_show,
@@ -26,6 +29,7 @@ from sb3_algd.zoo.commandline import (
     default_to_trained_agents,
     show_missing_agent,
 )
+from sb3_algd.zoo.exported import name_task, played_instead, take_own_options
 
 
 class EpisodeCounter(VecEnvWrapper):
@@ -38,7 +42,7 @@ class EpisodeCounter(VecEnvWrapper):
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
         #: Whose limit counts, to be set before the first step; without it nothing is counted
-        self.model: ConstrainedOffPolicyAlgorithm | None = None
+        self.model: ConstrainedOffPolicyAlgorithm | ExportedConstraint | None = None
         self.returns: list[float] = []
         self._tracker: EpisodeCostTracker | None = None
 
@@ -67,8 +71,11 @@ class EpisodeCounter(VecEnvWrapper):
         for costs in list(self._tracker.discounted_costs)[len(self._tracker.discounted_costs) - n_ended :]:
             print(f"Episode Cost: {', '.join(f'{cost:.2f}' for cost in costs)} (limit {limits})")
 
-    def report(self) -> str:
-        """:return: Return and cost, and whether the limit holds."""
+    def report(self, max_cost: float | None = None) -> str:
+        """
+        :param max_cost: The largest cost that an episode can have
+        :return: Return and cost, and whether the limit holds
+        """
         if self.model is None or self._tracker is None or len(self.returns) == 0:
             return "No episode ended: give more steps with -n to see return and cost of an episode."
         costs = np.stack(self._tracker.discounted_costs)
@@ -78,18 +85,20 @@ class EpisodeCounter(VecEnvWrapper):
             f"Return: {np.mean(self.returns):.2f} +/- {np.std(self.returns):.2f}",
         ]
         unit = " (discounted)" if self.model.cost_limit_discounted else ""
-        verdict = constraint_verdict(costs, limits)
+        try:
+            verdict = constraint_verdict(costs, limits, max_cost=max_cost)
+        except ValueError as error:
+            raise SystemExit(f"--max-cost {max_cost:g}: {error}") from error
         for i, (limit, outcome) in enumerate(zip(limits, verdict.each, strict=True)):
             mean, std = costs[:, i].mean(), costs[:, i].std()
             name = f"Cost{unit}" if len(limits) == 1 else f"Cost {i}{unit}"
             n_within = int(np.sum(costs[:, i] <= limit))
             lines.append(
-                f"{name}: {mean:.2f} +/- {std:.2f} ({verdict.confidence:.0%} confidence: {verdict.lower[i]:.2f} to "
-                f"{verdict.upper[i]:.2f}), limit {limit:g}: {outcome} ({n_within} of {len(costs)} episodes within)"
+                f"{name}: {mean:.2f} +/- {std:.2f} ({verdict.interval(i)}), limit {limit:g}: {outcome} "
+                f"({n_within} of {len(costs)} episodes within)"
             )
-        needed = verdict.episodes_needed
-        if needed:
-            lines.append(f"About {needed} more episodes are needed for a verdict.")
+        if verdict.advice:
+            lines.append(f"For a verdict: {verdict.advice}.")
         return "\n".join(lines)
 
 
@@ -105,8 +114,13 @@ def enjoy() -> None:
     def tell_counter(model: ConstrainedOffPolicyAlgorithm) -> None:
         counters[-1].model = model
 
+    options = take_own_options()
+    path: str | None = options.onnx
     default_option("--algo", ALGO)
-    default_to_trained_agents()
+    if path is None:
+        default_to_trained_agents()
+    else:
+        name_task(path)
     default_to_stochastic()
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         print("There is no display here, so nothing is drawn (--no-render). record_video leaves a video instead.")
@@ -114,6 +128,7 @@ def enjoy() -> None:
     with (
         patch.object(rl_zoo3.enjoy, "create_test_env", create_counted_env),
         agents_to_show(tell_counter),
+        contextlib.nullcontext() if path is None else played_instead(path, counters),
     ):
         try:
             rl_zoo3.enjoy.enjoy()
@@ -123,7 +138,7 @@ def enjoy() -> None:
             raise show_missing_agent(error) from error
     # Other algorithms have no limit
     if counters[-1].model is not None:
-        print(counters[-1].report())
+        print(counters[-1].report(options.max_cost))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from optuna.samplers import BaseSampler
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
@@ -25,7 +24,7 @@ from sb3_algd.common.callbacks import CostEvalCallback, CostProgressBarCallback,
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.evaluation import describe_evaluation
 from sb3_algd.common.legacy import refuse_old_arguments
-from sb3_algd.zoo import CONFIGS, is_constrained
+from sb3_algd.zoo import CONFIGS, is_constrained, storage
 from sb3_algd.zoo.commandline import given_options
 from sb3_algd.zoo.hyperparams import merge_arguments
 from sb3_algd.zoo.tuning import BROKEN_OFF, TrialCostEvalCallback, best_feasible_trial, write_report
@@ -34,8 +33,6 @@ from sb3_algd.zoo.tuning import BROKEN_OFF, TrialCostEvalCallback, best_feasible
 EPISODE_COST = "episode_cost"
 #: How often a training is evaluated where the command line does not say it
 N_EVALUATIONS = 20
-#: How long another worker may take to make the tables of a new database
-TABLES_SECONDS = 5
 #: Schedules besides the Zoo's own ``learning_rate``, as ``lin_3e-4`` in a configuration
 SCHEDULES = ("actor_learning_rate", "cost_critic_learning_rate")
 
@@ -205,11 +202,17 @@ class CostExperimentManager(ExperimentManager):
         """
         :param trial: Optuna's trial
         :return: Mean return of the last evaluation; the trial holds the constraint
+        :raises SystemExit: If another worker has taken this one for dead
         """
         if not self.is_constrained:
             return super().objective(trial)
         try:
             return super().objective(trial)
+        except optuna.exceptions.UpdateFinishedTrialError as error:
+            raise SystemExit(
+                f"Trial {trial.number} gave no sign of life for {storage.GRACE_SECONDS} s, so it counts as failed: was this "
+                "process or its machine suspended? Start the worker again."
+            ) from error
         except (optuna.TrialPruned, FloatingPointError, RuntimeError) as error:
             # rl_zoo3 2.9.2 lets what is no ValueError end the whole study, though it is the parameters of this trial that
             # training diverged with, or that did not fit into memory
@@ -221,25 +224,24 @@ class CostExperimentManager(ExperimentManager):
 
     def hyperparameters_optimization(self) -> None:
         """Search for the hyperparameters with the highest return within the limit, and report all trials."""
-        self.started = True
         if not self.is_constrained:
+            self.started = True
             return super().hyperparameters_optimization()
         studies: list[optuna.Study] = []
         create_study = optuna.create_study
         self._sampler_of_algo = HYPERPARAMS_SAMPLER[self.algo]
 
-        def create_and_keep(*args: Any, **kwargs: Any) -> optuna.Study:
-            try:
-                studies.append(create_study(*args, **kwargs))
-            except (IntegrityError, OperationalError, ProgrammingError):
-                # Of workers that start at once on an empty database only one can make Optuna 5.0's tables: PostgreSQL says so
-                # with the first and the last of these, SQLite and MySQL with the second
-                time.sleep(TABLES_SECONDS)
-                studies.append(create_study(*args, **kwargs))
+        def create_and_keep(**kwargs: Any) -> optuna.Study:
+            studies.append(storage.create_study(create_study, **kwargs))
+            self.started = True
+            if self.max_total_trials is not None:
+                # The Zoo counts what runs, also where its worker died long ago
+                storage.is_full(studies[-1], self.max_total_trials)
             return studies[-1]
 
         with (
             patch.object(exp_manager.optuna, "create_study", create_and_keep),
+            patch.object(exp_manager, "MaxTrialsCallback", storage.MaxLiveTrialsCallback),
             patch.object(exp_manager, "TrialEvalCallback", TrialCostEvalCallback),
             patch.dict(HYPERPARAMS_SAMPLER, {self.algo: self._sample}),
         ):
@@ -251,6 +253,7 @@ class CostExperimentManager(ExperimentManager):
                     raise
             finally:
                 if studies:
+                    storage.fail_dead_trials(studies[0])
                     self._write_tuning_report(studies[0])
         return None
 
