@@ -42,6 +42,8 @@ def refuse_old_arguments(arguments: Iterable[str]) -> None:
     """
     today = {old: f"{place}=dict({new}=...)" for old, (place, new) in _IN_KWARGS.items()}
     today["policy_learning_rate"] = "actor_learning_rate"
+    # The paper's is in log space, the other one is not
+    today["multiplier_space"] = "multiplier_signal"
     for name in arguments:
         if name in today:
             raise ValueError(f"{name} is an argument of version 0.1.0, today it is {today[name]}.")
