@@ -19,8 +19,10 @@ Model = TypeVar("Model", bound=ConstrainedOffPolicyAlgorithm)
 
 #: ``policy_kwargs`` of networks that train fast
 SMALL: dict[str, Any] = dict(net_arch=[16, 16])
-#: The paper's energy: raw units, a penalty per action, from the start
-PAPER: dict[str, Any] = dict(penalty="pointwise", rho=1.0, normalize=False, constraint_start=0.0)
+#: The paper's energy and updates: raw units, a penalty per action, from the start, everything in every update
+PAPER: dict[str, Any] = dict(
+    penalty="pointwise", rho=1.0, normalize=False, constraint_start=0.0, cost_target_risk_coef=0.0, policy_delay=1
+)
 
 
 @pytest.fixture(params=[ALGD, SACLag])

@@ -1,13 +1,18 @@
 """The update of ALGD against a plain re-implementation, and the options that it learns with."""
 
+import copy
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.noise import NormalActionNoise
+from torch.nn import functional as F
 
 from sb3_algd import ALGD
+from sb3_algd.algd.score import ScoreMatching
+from sb3_algd.common.lagrange import LagrangeMultiplier
 from tests.conftest import PAPER, SMALL, make_env, make_model, weights
 
 
@@ -17,7 +22,9 @@ def plain_critics(critic: Any, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
     for index in range(critic.n_critics):
         hidden = th.cat([obs, actions], dim=1)
         for depth, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
-            hidden = (critic.activation(hidden) if depth > 0 else hidden) @ weight[index] + bias[index]
+            if depth > 0:
+                hidden = critic.activation(F.layer_norm(hidden, hidden.shape[-1:]) if critic.layer_norm else hidden)
+            hidden = hidden @ weight[index] + bias[index]
         outputs.append(hidden)
     return th.stack(outputs)
 
@@ -64,14 +71,15 @@ def plain_chain(model: ALGD, obs: th.Tensor) -> list[th.Tensor]:
 
 
 def plain_policy_gradients(
-    model: ALGD, obs: th.Tensor, temperature: float, n_samples: int
+    model: ALGD, obs: th.Tensor, temperature: float, n_samples: int, through_chain: bool = False
 ) -> tuple[float, float, list[th.Tensor]]:
     """Both parts of the actor's loss and its gradients, with one backward pass per part and no shared work."""
     latents = plain_chain(model, obs)
     mean_energy = plain_energy(model, obs, th.tanh(latents[0])).mean()
 
     step = th.randint(model.actor.denoising_steps, (len(obs),))
-    action = th.tanh(th.stack(latents)[step, th.arange(len(obs))].detach())
+    chosen = th.tanh(th.stack(latents)[step, th.arange(len(obs))])
+    action = chosen.detach()
     sigma = model.actor.process.score_std[step].unsqueeze(1)
     noise = th.randn(n_samples, len(obs), 2)
     energies, gradients = [], []
@@ -83,7 +91,8 @@ def plain_policy_gradients(
     likelihoods = th.softmax(-th.stack(energies) / temperature, dim=0)
     target = sum(-w.unsqueeze(1) * g for w, g in zip(likelihoods, gradients, strict=True)) / temperature
     network = model.actor.network
-    predicted = network.mlp(th.cat([obs, action, network.step_embedding(step)], dim=1))[:, :2]
+    asked = chosen if through_chain else action
+    predicted = network.mlp(th.cat([obs, asked, network.step_embedding(step)], dim=1))[:, :2]
     score_loss = (predicted - target).square().mean()
     loss = model.guidance_coef * mean_energy + model.score_coef * score_loss
     return mean_energy.item(), score_loss.item(), list(th.autograd.grad(loss, list(model.actor.parameters())))
@@ -143,7 +152,7 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
 def test_critic_update_equals_a_plain_implementation(n_costs: int, diffusion: str) -> None:
     policy_kwargs = dict(SMALL, diffusion=diffusion)
     model = make_model(
-        make_env(n_costs), cost_limit=[2.0] * n_costs, gamma=0.9, cost_gamma=0.8, policy_kwargs=policy_kwargs, normalize=False
+        make_env(n_costs), cost_limit=[2.0] * n_costs, gamma=0.9, cost_gamma=0.8, policy_kwargs=policy_kwargs, **PAPER
     )
     model.learn(20)  # fills the buffer, no update yet
     assert model.replay_buffer is not None
@@ -248,3 +257,107 @@ def test_warmup_is_uniform_or_the_policys() -> None:
 def test_bad_arguments(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(**kwargs)
+
+
+# --- the paper's arguments -------------------------------------------------------------------------------------------
+
+#: What the paper and its released code have, where it is an argument here
+PAPERS: dict[str, Any] = dict(
+    learning_rate=3e-4,
+    buffer_size=1_000_000,
+    learning_starts=5000,
+    batch_size=256,
+    tau=0.005,
+    gamma=0.99,
+    train_freq=1,
+    gradient_steps=10,
+    n_steps=1,
+    target_update_interval=2,
+    cost_gamma=0.99,
+    penalty="pointwise",
+    rho=1.0,
+    constraint_start=0.0,
+    multiplier_signal="buffer",
+    normalize=False,
+    cost_risk_coef=1.0,
+    cost_target_risk_coef=0.0,
+    bound_cost_targets=False,
+    actor_learning_rate=None,
+    cost_critic_learning_rate=None,
+    guidance_coef=1.0,
+    score_coef=0.1,
+    use_policy_at_warmup=True,
+    policy_delay=1,
+    reduced_precision=False,
+)
+
+
+def test_the_papers_arguments_are_complete() -> None:
+    """Whatever the defaults become, ``paper_kwargs`` has the paper's value of each argument."""
+    given = ALGD.paper_kwargs()
+    defaults = {name: parameter.default for name, parameter in inspect.signature(ALGD.__init__).parameters.items()}
+    assert {name: given.get(name, defaults[name]) for name in PAPERS} == PAPERS
+    model = make_model(**{**given, "buffer_size": 100})
+    assert isinstance(model.lagrange_multiplier, LagrangeMultiplier)
+    assert model.lagrange_multiplier.value.item() == pytest.approx(0.6931)
+    assert model.multiplier_lr_schedule(1) == 3e-4
+    # No bound that training would reach
+    assert model.lagrange_multiplier.max_value >= 1e6
+    assert vars(model._score_matching) == vars(
+        ScoreMatching(temperature=1.0, n_samples=4, pairing="after", grad_through_chain=True)
+    )
+    assert model.replay_buffer is not None and model.replay_buffer.reward_cut_key == "goal_met"
+    assert model.critic.n_critics == 2 and model.cost_critic.n_critics == 4
+    assert not model.critic.layer_norm and not model.cost_critic.layer_norm
+    assert (model.actor.diffusion, model.actor.denoising_steps) == ("ve", 5)
+    assert make_model(**{**ALGD.paper_kwargs(safety_gym=False), "buffer_size": 100}).replay_buffer_kwargs == {}
+
+
+@pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
+def test_with_the_papers_arguments_the_update_is_the_plain_one(diffusion: str) -> None:
+    """A whole update, losses and Adam's steps written down plainly, as the paper and its code have them."""
+    given = ALGD.paper_kwargs()
+    given["policy_kwargs"] = {**SMALL, **given["policy_kwargs"], "diffusion": diffusion}
+    model = make_model(**{**given, "buffer_size": 100, "learning_starts": 40, "batch_size": 16, "cost_limit": 5.0})
+    model.learn(40)
+    model._update_learning_rates()
+    model._set_cost_floor()
+    with th.no_grad():
+        for critic in (model.critic, model.critic_target, model.cost_critic, model.cost_critic_target):
+            for parameter in critic.parameters():
+                parameter.add_(0.3 * th.randn_like(parameter))
+    assert model.replay_buffer is not None
+    batch: Any = model.replay_buffer.sample(16)
+    plain = copy.deepcopy(model)
+    th.manual_seed(4)
+    model._update(batch)
+
+    th.manual_seed(4)
+    with th.no_grad():
+        next_actions = th.tanh(plain_chain(plain, batch.next_observations)[0])
+        next_value = plain_critics(plain.policy.critic_target, batch.next_observations, next_actions).min(dim=0).values
+        target = batch.rewards + (1 - batch.reward_dones) * 0.99 * next_value
+        # Each member its own, also below zero
+        next_costs = plain_critics(plain.policy.cost_critic_target, batch.next_observations, next_actions)
+        cost_targets = batch.costs + (1 - batch.terminations) * 0.99 * next_costs
+    costs = plain_critics(plain.cost_critic, batch.observations, batch.actions)
+    risk = (costs.mean(dim=0) + costs.std(dim=0)).mean(dim=0).detach()
+    values = plain_critics(plain.critic, batch.observations, batch.actions)
+    losses = [(plain.critic, sum((value - target).square().mean() for value in values))]
+    losses.append((plain.cost_critic, (costs - cost_targets).square().mean()))
+    for network, loss in losses:
+        plain_step(network, th.autograd.grad(loss, list(network.parameters())))  # type: ignore[arg-type]
+    plain_step(plain.actor, plain_policy_gradients(plain, batch.observations, 1.0, 4, through_chain=True)[2])
+    # Adam's first step is as long as the learning rate
+    expected = np.log(0.6931) + 3e-4 * np.sign(risk.item() - plain.cost_budget.item())
+    assert isinstance(model.lagrange_multiplier, LagrangeMultiplier)
+    assert model.lagrange_multiplier.parameter.item() == pytest.approx(expected, abs=1e-7)
+    for name, value in model.policy.state_dict().items():
+        th.testing.assert_close(value, plain.policy.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def plain_step(network: th.nn.Module, gradients: Any) -> None:
+    optimizer = th.optim.Adam(network.parameters(), lr=3e-4, fused=False, foreach=False)
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()

@@ -21,7 +21,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.arguments import ARGUMENTS, Rule, check_arguments, constructor_arguments, whole
 from sb3_algd.common.buffers import CostReplayBuffer
-from sb3_algd.common.lagrange import LagrangeMultiplier
+from sb3_algd.common.lagrange import EpisodeController
 from tests.conftest import Algorithm, make_env, make_model_of, same, weights
 
 #: Not values but objects, of which SB3 says what they must be
@@ -39,7 +39,7 @@ ODD = st.one_of(
     ),
     st.lists(st.floats(width=32), max_size=3),
     st.dictionaries(
-        st.sampled_from(["space", "n_samples", "max_value", "init_value", "x"]), st.floats() | st.none(), max_size=2
+        st.sampled_from(["confidence", "n_samples", "max_value", "init_value", "x"]), st.floats() | st.none(), max_size=2
     ),
 )
 SCHEDULES = st.floats(0, 1e-2) | st.just(lambda progress: 1e-3 * progress)
@@ -65,16 +65,23 @@ GOOD: dict[str, st.SearchStrategy[Any]] = dict(
     seed=st.integers(0, 2**32 - 1),
     cost_limit=LIMITS,
     cost_limit_discounted=st.booleans(),
+    cost_limit_gamma=st.floats(0, 1, exclude_min=True),
     episode_length=st.integers(1, 10**9),
     cost_gamma=st.floats(0, 1, exclude_min=True),
     cost_key=st.sampled_from(["cost", "none", lambda info: 0.0]),
     use_policy_at_warmup=st.booleans(),
     target_update_interval=st.integers(1, 10**9),
+    penalty=st.sampled_from(["expectation", "pointwise"]),
     rho=LIMITS,
+    constraint_start=st.floats(0, 1),
+    normalize=st.booleans(),
     multiplier_kwargs=st.fixed_dictionaries(
-        {}, optional=dict(init_value=st.floats(0, 200), learning_rate=SCHEDULES, max_value=st.floats(0, 100))
+        {},
+        optional=dict(
+            init_value=st.floats(0, 200), learning_rate=SCHEDULES, max_value=st.floats(0, 100), confidence=st.floats(0, 5)
+        ),
     ),
-    multiplier_signal=st.sampled_from(["episodes", "buffer", "policy"]),
+    multiplier_signal=st.sampled_from(["episodes", "buffer"]),
     cost_risk_coef=st.floats(0, 10),
     cost_target_risk_coef=st.floats(0, 10),
     bound_cost_targets=st.booleans(),
@@ -167,12 +174,16 @@ def test_a_value_trains_or_is_refused_by_name(algorithm: Algorithm, name: str) -
         ("cost_critic_learning_rate", [-1e-3, math.inf, True]),
         ("learning_rate", [-1e-3, None, "lin_3e-4"]),
         ("cost_limit_discounted", ["x", "False", 1]),
+        ("cost_limit_gamma", [0.0, 1.1, None, "x"]),
+        ("penalty", ["hinge", None, True]),
+        ("constraint_start", [-0.1, 1.1, None, "x", True]),
+        ("normalize", ["False", None, 1]),
         ("bound_cost_targets", ["False", None, 0]),
         ("use_policy_at_warmup", ["x"]),
         ("reduced_precision", ["False"]),
         ("episode_length", [1e30, 10**30, 0, "x", True, 2.5]),
         ("score_kwargs", [dict(n_samples=10**6), dict(n_samples="x"), dict(temperature=math.nan), dict(beta=1.0), "x"]),
-        ("multiplier_kwargs", [dict(max_value=math.inf), dict(space="exp"), dict(init_value=-1.0), dict(init=1.0), []]),
+        ("multiplier_kwargs", [dict(max_value=math.inf), dict(confidence=-1.0), dict(init_value=-1.0), dict(init=1.0), []]),
         ("cost_key", [None, 3]),
         ("cost_risk_coef", [None, "x", math.nan, -1.0]),
         ("target_update_interval", [0, 1.5, None, "x"]),
@@ -239,24 +250,26 @@ def test_a_misspelt_argument_of_load_is_refused(tmp_path: Path, algorithm: Algor
     assert algorithm.load(tmp_path / "model", make_env(), "cpu", None, False, True, cost_limit=3.0).cost_limit == [3.0]
 
 
-@pytest.mark.parametrize("space, other", [("log", "projected"), ("projected", "log")])
-def test_a_multiplier_is_not_loaded_into_another_space(tmp_path: Path, algorithm: Algorithm, space: str, other: str) -> None:
-    kwargs = dict(space=space, init_value=2.0, max_value=5.0)
-    model = make_model_of(algorithm, multiplier_kwargs=kwargs)
-    model.save(tmp_path / "model")
-    for changed in (dict(space=other), dict(space=other, init_value=1.0)):
-        with pytest.raises(ValueError, match=f"`space` must be '{space}', as the multiplier was saved, got '{other}'"):
-            algorithm.load(tmp_path / "model", multiplier_kwargs=changed)
-    with pytest.raises(ValueError, match=rf"`space` must be '{space}'"):
-        make_model_of(algorithm, multiplier_kwargs=dict(space=other)).set_parameters(str(tmp_path / "model"))
-    with pytest.raises(ValueError, match=r"`max_value` must be at least 2, the saved multiplier, got 0.5"):
-        algorithm.load(tmp_path / "model", multiplier_kwargs=dict(space=space, max_value=0.5))
-    loaded = algorithm.load(tmp_path / "model", multiplier_kwargs=dict(space=space, max_value=2.5))
-    assert same(weights(loaded), weights(model)) and loaded.lagrange_multiplier.max_value == 2.5
+def test_what_moves_the_multiplier_can_be_changed_to_episodes_but_not_back(tmp_path: Path, algorithm: Algorithm) -> None:
+    paper = make_model_of(algorithm, multiplier_signal="buffer", multiplier_kwargs=dict(init_value=2.0, max_value=5.0))
+    paper.save(tmp_path / "paper")
+    with pytest.raises(ValueError, match=r"`max_value` must be at least 2, the saved multiplier, got 0\.5"):
+        algorithm.load(tmp_path / "paper", multiplier_kwargs=dict(max_value=0.5))
+    loaded = algorithm.load(tmp_path / "paper", multiplier_kwargs=dict(max_value=2.5))
+    assert same(weights(loaded), weights(paper)) and loaded.lagrange_multiplier.max_value == 2.5
+    controlled = algorithm.load(tmp_path / "paper", make_env(), multiplier_signal="episodes")
+    assert isinstance(controlled.lagrange_multiplier, EpisodeController)
+    assert controlled.lagrange_multiplier.value.tolist() == pytest.approx([2.0])
+    controlled.learn(30).save(tmp_path / "controlled")
+    with pytest.raises(ValueError, match="`multiplier_signal` must be 'episodes', as the multiplier was saved"):
+        algorithm.load(tmp_path / "controlled", multiplier_signal="buffer")
+    with pytest.raises(ValueError, match="`multiplier_signal` must be 'episodes', as the multiplier was saved"):
+        paper.set_parameters(str(tmp_path / "controlled"))
 
 
 def test_a_whole_number_starts_the_multiplier(algorithm: Algorithm) -> None:
-    model = make_model_of(algorithm, multiplier_kwargs=dict(init_value=1, max_value=50))
-    assert model.lagrange_multiplier.value.tolist() == [1.0]
-    model.learn(30)
-    assert LagrangeMultiplier(init_value=1, space="log").parameter.dtype == th.float32
+    for signal in ("episodes", "buffer"):
+        model = make_model_of(algorithm, multiplier_signal=signal, multiplier_kwargs=dict(init_value=1, max_value=50))
+        assert model.lagrange_multiplier.value.tolist() == [1.0]
+        assert model.lagrange_multiplier.value.dtype == th.float32
+        model.learn(30)

@@ -41,8 +41,12 @@ def make_model(algorithm: Any, **kwargs: Any) -> Any:
         buffer_size=100,
         # The constraint is active in every state
         cost_limit=0.5,
-        # Adam's steps do not tell how long an episode is where both costs and budget are spread over it
-        multiplier_signal="policy",
+        # All of the constraint acts from the first step on, the budget and how it follows from the limit too
+        cost_limit_discounted=True,
+        cost_limit_gamma=0.9,
+        penalty="pointwise",
+        constraint_start=0.0,
+        multiplier_kwargs=dict(init_value=0.5),
         seed=0,
         device="cpu",
     )
@@ -53,7 +57,7 @@ def trained(algorithm: Any, **kwargs: Any) -> dict[str, th.Tensor]:
     """:return: All weights after some updates, and what else has been learned."""
     model = make_model(algorithm, **kwargs)
     model.learn(30)
-    state = {**model.policy.state_dict(), **model.lagrange_multiplier.state_dict()}
+    state = {**model.policy.state_dict(), "multiplier": model.lagrange_multiplier.value}
     if isinstance(model, SACLag):
         state["ent_coef"] = model._current_ent_coef().detach()
     return state
@@ -77,20 +81,24 @@ CHANGES_TRAINING: dict[str, Any] = dict(
     policy_kwargs=dict(**SMALL, n_critics=3),
     seed=1,
     cost_limit=0.1,
-    cost_limit_discounted=True,
+    cost_limit_discounted=False,
+    cost_limit_gamma=0.5,
     episode_length=5,
     cost_gamma=0.5,
     cost_key="other",
+    penalty="expectation",
     rho=0.5,
-    multiplier_kwargs=dict(init_value=0.5),
-    multiplier_signal="episodes",
+    constraint_start=0.5,
+    multiplier_kwargs=dict(init_value=0.1),
+    multiplier_signal="buffer",
+    normalize=False,
     cost_risk_coef=0.0,
     cost_target_risk_coef=1.0,
     bound_cost_targets=False,
     actor_learning_rate=1e-2,
     cost_critic_learning_rate=1e-2,
     use_policy_at_warmup=True,
-    policy_delay=2,
+    policy_delay=3,
     reduced_precision=True,
 )
 ONLY_IN: dict[Any, dict[str, Any]] = {
@@ -168,7 +176,7 @@ def test_the_other_arguments(algorithm: Any, tmp_path: Path, capsys: pytest.Capt
     assert not hasattr(make_model(algorithm, _init_setup_model=False), "policy")
 
 
-@pytest.mark.parametrize("name", ["use_sde", "score_space", "cuda_graph", "multiplier_init", "policy_learning_rate"])
+@pytest.mark.parametrize("name", ["use_sde", "score_space", "cuda_graph", "multiplier_init", "policy_learning_rate", "space"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_arguments_that_are_gone_are_refused(algorithm: Any, name: str) -> None:
     with pytest.raises(TypeError, match=name):

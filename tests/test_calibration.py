@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import calibration, plot
 from sb3_algd import ALGD
+from sb3_algd.common.calibration import newest_transitions, paid_costs
 from sb3_algd.common.recorder import make_envs
 from tests.conftest import CostlyEnv
 
@@ -39,6 +40,23 @@ gym.register("SteadyCost-v0", lambda **kwargs: SteadyCostEnv())
 # Ends with a truncation
 gym.register("SteadyCostLimited-v0", lambda **kwargs: SteadyCostEnv(), max_episode_steps=N_STEPS - 2)
 gym.register("SteadyCostMixed-v0", lambda **kwargs: SteadyCostEnv(), max_episode_steps=N_STEPS)
+
+
+def test_what_was_paid_is_the_sum_to_the_end_of_the_episode() -> None:
+    costs = np.array([[1.0, 0.0], [2.0, 4.0], [8.0, 0.0], [16.0, 1.0]])
+    # An episode ends with the second step; the last one is cut off by what is given
+    paid = paid_costs(costs, np.array([0.0, 1.0, 0.0, 0.0]), 0.5)
+    np.testing.assert_array_equal(paid, [[1 + 0.5 * 2, 0.5 * 4], [2, 4], [8 + 0.5 * 16, 0.5 * 1], [16, 1]])
+
+
+def test_the_newest_transitions_of_a_buffer_that_went_around() -> None:
+    model = ALGD("MlpPolicy", gym.make("SteadyCost-v0"), buffer_size=10, learning_starts=99, cost_limit=1.0, episode_length=9)
+    model.learn(4)
+    assert model.replay_buffer is not None
+    assert newest_transitions(model.replay_buffer, 9).tolist() == [0, 1, 2, 3]
+    model.learn(9, reset_num_timesteps=False)
+    assert newest_transitions(model.replay_buffer, 5).tolist() == [8, 9, 0, 1, 2]
+    assert newest_transitions(model.replay_buffer, 99).tolist() == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
 
 
 class RecordingEnv(CostlyEnv):

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_algd import ALGD
 from sb3_algd.common.constraint import budget_per_unit_cost
 from sb3_algd.common.episode_costs import EpisodeCostTracker
+from tests.conftest import PAPER
 
 
 class PaidEnv(gym.Env):
@@ -103,21 +104,27 @@ def test_the_multiplier_is_updated_from_the_episodes_of_every_environment(stats_
     assert value_of(model) > before
 
 
-def test_the_last_five_episodes_of_each_environment_count() -> None:
+def test_the_last_ten_episodes_count() -> None:
     tracker = EpisodeCostTracker(2, 1, cost_gamma=0.5, window=1)
-    assert tracker.recent_cost(discounted=False) is None
-    for episode in range(1, 8):
-        # Two steps each; the other environment ends once
+    assert tracker.recent_costs(discounted=False).shape == (0, 1)
+    for episode in range(1, 13):
+        # Two steps each; the other environment's only episode ends with the last one
         tracker.update(np.array([[episode], [10.0]]), np.array([False, False]))
-        tracker.update(np.array([[episode], [10.0]]), np.array([True, episode == 7]))
-    recent, discounted = tracker.recent_cost(discounted=False), tracker.recent_cost(discounted=True)
-    assert recent is not None and discounted is not None
-    assert recent == pytest.approx(np.mean([6, 8, 10, 12, 14, 140]))
-    assert discounted == pytest.approx(np.mean([4.5, 6, 7.5, 9, 10.5, 10 * (2 - 0.5**13)]))
+        tracker.update(np.array([[episode], [10.0]]), np.array([True, episode == 12]))
+    plain = [8, 10, 12, 14, 16, 18, 20, 22, 24, 240]
+    assert tracker.recent_costs(discounted=False).ravel().tolist() == plain
+    discounted = [0.75 * cost for cost in plain[:-1]] + [10 * (2 - 0.5**23)]
+    assert tracker.recent_costs(discounted=True).ravel() == pytest.approx(discounted)
     # What is logged is another matter
     assert len(tracker.episode_costs) == 1
     tracker.start_episodes(3)
-    assert tracker.recent_cost(discounted=False) == pytest.approx(recent)
+    assert tracker.recent_costs(discounted=False).ravel().tolist() == plain
+
+
+def test_one_episode_of_every_environment_counts_where_there_are_many() -> None:
+    tracker = EpisodeCostTracker(16, 1, cost_gamma=0.5, window=1)
+    tracker.update(np.arange(16.0)[:, None], np.ones(16, dtype=bool))
+    assert tracker.recent_costs(discounted=False).ravel().tolist() == list(range(16))
 
 
 def test_a_cost_function_is_called_once_a_step() -> None:
@@ -210,9 +217,9 @@ def test_another_unit_of_a_new_environment_is_noticed() -> None:
 
 def test_budget_energy_and_log_follow_a_new_limit() -> None:
     # A limit acts on the plain Lagrangian also where it is kept
-    model = make_model(rho=0.0)
+    model = make_model(rho=0.0, constraint_start=0.0, multiplier_kwargs=dict(init_value=1.0))
     model.learn(20)
-    obs, actions = th.zeros(4, 7), th.full((1, 4, 1), 0.5)
+    obs, actions = th.zeros(4, 7), th.tensor([0.5, -0.5]).reshape(2, 1, 1).expand(2, 4, 1)
     energy = model._energy(obs, actions)[0]
     values = logged(model)
     model.cost_limit = 40.0
@@ -233,12 +240,13 @@ def test_everything_follows_a_new_discount(tmp_path: Path) -> None:
     model = make_model(cost_limit_discounted=True, n_steps=2)
     model.learn(20)
     model.save(tmp_path / "model")
-    loaded = ALGD.load(tmp_path / "model", make_env(), cost_gamma=0.5)
-    model.cost_gamma = 0.5
+    loaded = ALGD.load(tmp_path / "model", make_env(), cost_gamma=0.5, cost_limit_gamma=0.25)
+    model.cost_gamma, model.cost_limit_gamma = 0.5, 0.25
     for changed in (loaded, model):
         changed.learn(20, reset_num_timesteps=False)
         assert changed._cost_tracker is not None
-        assert changed._cost_tracker.discounted_costs[-1] == pytest.approx(2 - 0.5**9)
+        assert changed._cost_tracker.discounted_costs[-1] == pytest.approx((1 - 0.25**10) / 0.75)
+        assert changed._return_scale is not None and changed._return_scale.discounts.tolist() == [0.99, 0.5]
         buffer: Any = changed.replay_buffer
         assert set(buffer.sample(50).cost_discounts.flatten().tolist()) <= {0.5, 0.25}
 
@@ -253,9 +261,10 @@ def test_costs_are_read_with_a_new_key() -> None:
 
 
 def test_the_energy_follows_a_new_rho() -> None:
-    model = make_model(rho=0.0)
+    model = make_model(**{**PAPER, "rho": 0.0}, multiplier_kwargs=dict(init_value=0.7))
+    model.learn(1)  # the constraint acts
     obs, actions = th.zeros(4, 7), th.full((1, 4, 1), 0.5)
-    energy, _, risk = model._energy(obs, actions)
+    energy, _, risk, _ = model._energy(obs, actions)
     model.rho = 2.0
     violation, multiplier = risk[..., 0] - model._budget, model.lagrange_multiplier.value
     expected = energy - multiplier * violation + ((multiplier + 2 * violation).clamp_min(0) ** 2 - multiplier**2) / 4
@@ -270,6 +279,7 @@ def test_the_energy_follows_a_new_rho() -> None:
         ("episode_length", 0),
         ("episode_length", 2.5),
         ("cost_gamma", 1.5),
+        ("cost_limit_gamma", 0.0),
         ("rho", -1.0),
         ("rho", [1.0, 2.0]),
     ],
@@ -359,9 +369,10 @@ def test_a_replay_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_a_divergence_does_not_undo_parameters_that_were_set() -> None:
     env = make_env()
-    model = make_model(env)
+    # Units of its own would make of it a reward like any other
+    model = make_model(env, normalize=False)
     model.learn(30)
-    other = make_model(seed=1)
+    other = make_model(seed=1, normalize=False)
     other.learn(30)
     good = {name: value.clone() for name, value in other.policy.state_dict().items()}
     model.set_parameters(other.get_parameters())

@@ -14,6 +14,7 @@ import torch as th
 
 from sb3_algd import ALGD, CostNStepReplayBuffer, CostReplayBuffer, evaluate_policy
 from sb3_algd.common.constraint import budget_per_unit_cost
+from sb3_algd.common.lagrange import EpisodeController, LagrangeMultiplier
 from sb3_algd.common.legacy import adopt_saved
 
 DATA = Path(__file__).parent / "data"
@@ -37,28 +38,37 @@ def test_the_saved_policy_acts_as_it_did(diffusion: str) -> None:
     np.testing.assert_allclose(actions, ACTIONS[diffusion], atol=1e-6)
     assert float(model.lagrange_multiplier.value) == MULTIPLIERS[diffusion]
     assert model.actor.diffusion == diffusion
-    assert model.lagrange_multiplier.optimizer.state_dict()["state"] != {}
+    if diffusion == "ddpm":
+        assert isinstance(model.lagrange_multiplier, LagrangeMultiplier)
+        assert model.lagrange_multiplier.optimizer.state_dict()["state"] != {}
 
 
 def test_arguments_have_their_names_of_today() -> None:
     ve, ddpm = load("ve"), load("ddpm")
     assert (ve.actor_learning_rate, ve.cost_critic_learning_rate, ddpm.actor_learning_rate) == (5e-4, 2e-4, None)
-    assert ve.multiplier_kwargs == dict(init_value=0.9, learning_rate=1e-4, max_value=7.0, space="projected")
+    assert ve.multiplier_kwargs == dict(init_value=0.9, max_value=7.0)
     assert ve.score_kwargs == dict(temperature=0.5, n_samples=3, pairing="after", grad_through_chain=False)
     assert (ve.multiplier_signal, ddpm.multiplier_signal) == ("episodes", "buffer")
-    assert ddpm.multiplier_kwargs == dict(init_value=0.6931, learning_rate=3e-4, max_value=100.0, space="log")
+    assert ddpm.multiplier_kwargs == dict(init_value=0.6931, learning_rate=3e-4, max_value=100.0)
     assert ddpm.score_kwargs == dict(temperature=1.0, n_samples=4, pairing="before", grad_through_chain=True)
     # And an effect
-    assert (ve.lagrange_multiplier.max_value, ddpm.lagrange_multiplier.space) == (7.0, "log")
+    assert (ve.lagrange_multiplier.max_value, ddpm.lagrange_multiplier.max_value) == (7.0, 100.0)
+    assert isinstance(ve.lagrange_multiplier, EpisodeController) and isinstance(ddpm.lagrange_multiplier, LagrangeMultiplier)
     assert (ve._score_matching.n_samples, ddpm._score_matching.pairing) == (3, "before")
     assert (ve.score_coef, ddpm.score_coef) == (0.1, 0.1)
+    # The energy is the one that they have learned in
+    for model in (ve, ddpm):
+        assert (model.penalty, model.normalize, model.constraint_start, model._constraint_acts) == ("pointwise", False, 0.0, True)
+        assert model.cost_limit_gamma == model.cost_gamma
+        assert model._rho.tolist() == [model.rho] and model._proportional.tolist() == [0.0]
     old_names = {"multiplier_init", "score_temperature", "policy_learning_rate", "score_space", "cuda_graph"}
     assert not old_names & (vars(ve).keys() | vars(ddpm).keys())
 
 
 @pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
 def test_training_goes_on(diffusion: str, tmp_path: Path) -> None:
-    model = load(diffusion, gym.make("TwoModes-v0"))
+    with warnings.catch_warnings() if diffusion == "ddpm" else pytest.warns(UserWarning, match="updated another way"):
+        model = ALGD.load(DATA / f"algd_0.1.0_{diffusion}.zip", gym.make("TwoModes-v0"), device="cpu")
     before, n_updates = {name: value.clone() for name, value in model.policy.state_dict().items()}, model._n_updates
     # The replay buffer is not in the file
     model.learning_starts, model.batch_size = model.num_timesteps + 100, 16
@@ -83,15 +93,15 @@ def test_costs_of_the_last_episodes_are_kept() -> None:
     model = load("ve")
     tracker = model._cost_tracker
     assert tracker is not None and len(tracker.episode_costs) > 0
-    recent = tracker.recent_cost(discounted=False)
-    assert recent is not None
-    assert recent == pytest.approx(np.mean(list(tracker.episode_costs)[-5:]))
+    recent = tracker.recent_costs(discounted=False)
+    np.testing.assert_array_equal(recent, list(tracker.episode_costs)[-10:])
 
 
 def test_what_is_given_to_load_comes_first() -> None:
-    model = load("ve", actor_learning_rate=1e-5, multiplier_kwargs=dict(max_value=50.0), score_kwargs=dict(n_samples=2))
+    kwargs = dict(learning_rate=0.2, max_value=50.0)
+    model = load("ve", actor_learning_rate=1e-5, multiplier_kwargs=kwargs, score_kwargs=dict(n_samples=2))
     assert model.actor_learning_rate == 1e-5
-    assert model.multiplier_kwargs == dict(init_value=0.9, learning_rate=1e-4, max_value=50.0, space="projected")
+    assert model.multiplier_kwargs == dict(init_value=0.9, learning_rate=0.2, max_value=50.0)
     assert (model.lagrange_multiplier.max_value, model._score_matching.n_samples) == (50.0, 2)
     assert model._score_matching.temperature == 0.5
 
@@ -103,6 +113,8 @@ def saved_attributes(**changed: Any) -> dict[str, Any]:
         multiplier_learning_rate=1e-4,
         multiplier_max=10.0,
         multiplier_space="projected",
+        multiplier_signal="buffer",
+        cost_gamma=0.99,
         score_temperature=1.0,
         n_score_samples=4,
         score_pairing="after",
@@ -131,9 +143,9 @@ def test_an_option_that_is_gone_is_not_dropped_silently(name: str, value: Any) -
 
 
 def test_attributes_of_a_model_of_today_stay() -> None:
-    attributes = {"score_kwargs": None, "multiplier_kwargs": {"space": "log"}}
+    attributes = {"score_kwargs": None, "multiplier_kwargs": {"max_value": 5.0}}
     adopt_saved(attributes)
-    assert attributes == {"score_kwargs": None, "multiplier_kwargs": {"space": "log"}}
+    assert attributes == {"score_kwargs": None, "multiplier_kwargs": {"max_value": 5.0}}
 
 
 def test_the_agent_that_comes_along_keeps_its_limit() -> None:
@@ -187,6 +199,15 @@ def test_a_replay_buffer_without_its_lowest_costs_gets_them() -> None:
     del old.lowest_costs, old.cost_reported
     old.adopt_settings(model.replay_buffer)
     assert old.lowest_costs.tolist() == [-2.0] and old.cost_reported
+
+
+def test_weights_alone_are_taken_from_a_file_of_version_0_1_0() -> None:
+    trained = load("ddpm")
+    kwargs: dict[str, Any] = dict(policy_kwargs=trained.policy_kwargs, multiplier_kwargs=dict(max_value=100.0))
+    model = ALGD("MlpPolicy", "TwoModes-v0", device="cpu", **kwargs)
+    model.set_parameters(str(DATA / "algd_0.1.0_ddpm.zip"))
+    assert all(th.equal(value, trained.policy.state_dict()[name]) for name, value in model.policy.state_dict().items())
+    assert float(model.lagrange_multiplier.value) == MULTIPLIERS["ddpm"]
 
 
 def test_the_budget_is_the_one_that_was_saved() -> None:

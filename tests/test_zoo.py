@@ -253,9 +253,6 @@ def test_every_entry_fits_its_task(name: str) -> None:
     config = yaml.safe_load((CONFIGS / f"{name}.yml").read_text())
     accepted = {*inspect.signature(ALGORITHMS[name]).parameters, "n_timesteps"}
     for entry in entries():
-        if name != "algd" and entry.track == STOCK:
-            # They have the default
-            continue
         hyperparams = config.pop(entry.id)
         assert set(hyperparams) <= accepted, entry.id
         declared = gym.make(entry.id).get_wrapper_attr("cost_limit") if entry.track == OWN else 25.0
@@ -263,6 +260,38 @@ def test_every_entry_fits_its_task(name: str) -> None:
         assert hyperparams.get("cost_limit_discounted", False) == (entry.track == SPEED), entry.id
         assert float(hyperparams["n_timesteps"]) > 0
     assert set(config) == {"default"}
+
+
+def papers_entries(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """What the Zoo makes of the entries of ``algd_paper.yml``."""
+    entries_of = {}
+    config = str(CONFIGS / "algd_paper.yml")
+    for task in yaml.safe_load(Path(config).read_text()):
+        manager = CostExperimentManager(argparse.Namespace(), "algd", task, str(tmp_path), config=config)
+        entries_of[task], _ = manager.read_hyperparameters()
+    return entries_of
+
+
+def test_the_papers_entries_are_the_papers_arguments(tmp_path: Path) -> None:
+    of_the_task = {"n_timesteps", "policy", "cost_limit", "cost_limit_discounted"}
+    found = papers_entries(tmp_path)
+    tasks = {entry.id: entry for entry in entries() if entry.track not in (STOCK, OWN)}
+    assert found.keys() == tasks.keys()
+    for task, hyperparams in found.items():
+        arguments = {name: value for name, value in hyperparams.items() if name not in of_the_task}
+        expected = ALGD.paper_kwargs(safety_gym=tasks[task].track != SPEED)
+        assert arguments == {name: value for name, value in expected.items() if value is not None}, task
+        assert hyperparams["cost_limit"] == tasks[task].kwargs["cost_limit"], task
+        assert hyperparams["cost_limit_discounted"] == (tasks[task].track == SPEED), task
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_tasks_of_the_zoo_have_the_defaults(name: str) -> None:
+    of_the_task = {"n_timesteps", "policy", "cost_limit", "cost_limit_discounted"}
+    config = yaml.safe_load((CONFIGS / f"{name}.yml").read_text())
+    # Which is far smaller than the others
+    del config[ENV]
+    assert all(set(hyperparams) <= of_the_task for hyperparams in config.values())
 
 
 def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> None:
@@ -294,7 +323,7 @@ def test_data_is_packaged_from_the_top_level(tmp_path: Path) -> None:
         timeout=300,
     )
     packaged = tmp_path / "sb3_algd" / "zoo"
-    for name in ALGORITHMS:
+    for name in (*ALGORITHMS, "algd_paper"):
         file = f"zoo_configs/{name}.yml"
         assert (packaged / file).read_text() == (root / file).read_text()
     assert list((packaged / "trained_agents").glob("algd/*/*.zip"))
@@ -311,22 +340,22 @@ def test_schedules_of_all_learning_rates() -> None:
         {
             "learning_rate": "lin_1e-3",
             "cost_critic_learning_rate": "lin_3e-3",
-            "multiplier_kwargs": {"learning_rate": "lin_2e-3", "space": "log"},
+            "multiplier_kwargs": {"learning_rate": "lin_2e-3", "max_value": 5.0},
             "actor_learning_rate": 1e-4,
         }
     )
     assert hyperparams["learning_rate"](0.5) == 5e-4
     assert hyperparams["cost_critic_learning_rate"](0.5) == 1.5e-3
     assert hyperparams["multiplier_kwargs"].pop("learning_rate")(0.5) == 1e-3
-    assert hyperparams["multiplier_kwargs"] == {"space": "log"}
+    assert hyperparams["multiplier_kwargs"] == {"max_value": 5.0}
     assert hyperparams["actor_learning_rate"] == 1e-4
 
 
 def test_dictionaries_in_a_configuration_may_be_strings(tmp_path: Path) -> None:
     config = tmp_path / "mine.yml"
-    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: \"dict(space='log')\"\n")
+    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: \"dict(max_value=5.0)\"\n")
     manager = CostExperimentManager(argparse.Namespace(), "sac_lag", ENV, str(tmp_path), config=str(config))
-    assert manager.read_hyperparameters()[0]["multiplier_kwargs"] == {"space": "log"}
+    assert manager.read_hyperparameters()[0]["multiplier_kwargs"] == {"max_value": 5.0}
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,8 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     Maximises the return subject to a limit on the cost of an episode. The augmented Lagrangian of reward and cost critics is
     the energy that guides the policy's denoising process.
 
-    The defaults are the paper's but for these; docs/results.md has both.
-
-    - For one gradient step per environment step instead of about ten: ``gradient_steps=1``, ``learning_rate=1e-3``,
-      ``tau=0.02``, ``target_update_interval=1`` (the paper's: 10, 3e-4, 0.005, 2) and SB3's ``learning_starts=100`` (5000).
-    - To keep the limit: ``multiplier_signal="episodes"``, ``bound_cost_targets=True`` and ``multiplier_kwargs`` with
-      ``space="projected"``, ``learning_rate=1e-4`` (the paper's: ``"buffer"``, False, ``"log"``, 3e-4).
-    - The paper's code also has ``use_policy_at_warmup=True`` and ``score_kwargs=dict(grad_through_chain=True)``.
+    The defaults are for one update per environment step and for tasks of any scale. :meth:`paper_kwargs` gives the paper's
+    algorithm; docs/method.md says what differs, and why.
 
     :param policy: The policy model to use (DiffusionPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str); it reports costs in ``info["cost"]``
@@ -68,19 +63,33 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         Setting it to auto, the code will be run on the GPU if possible.
     :param cost_limit: Cost allowed per episode, one number or one per constraint. If ``None``, the limit that the environment
         declares (attributes ``cost_limit`` and ``cost_limit_discounted``), else 25 with a warning.
-    :param cost_limit_discounted: Whether ``cost_limit`` is a sum discounted with ``cost_gamma`` instead of a plain sum.
+    :param cost_limit_discounted: Whether ``cost_limit`` is a sum discounted with ``cost_limit_gamma`` instead of a plain sum.
         If ``None``, the unit that the environment declares, else a plain sum.
-    :param episode_length: Horizon T that a plain limit is spread over. If ``None``, the environment's time limit,
+    :param cost_limit_gamma: The discount factor that a discounted ``cost_limit`` is meant with; nothing else
+    :param episode_length: Horizon T that a limit is spread over. If ``None``, the environment's time limit,
         else 1000 with a warning.
-    :param cost_gamma: the discount factor of costs
+    :param cost_gamma: the discount factor with which the cost critics learn; the limit is converted into their unit
     :param cost_key: Key of ``info`` that holds a step's cost (a number or one per constraint), or a function of ``info``
-    :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian
-    :param multiplier_kwargs: Arguments of :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value`` (0.6931, one
-        number or one per constraint), ``learning_rate`` (1e-4, or a schedule), ``max_value`` (100),
-        ``space`` (``"projected"``)
-    :param multiplier_signal: What the multipliers are updated from: the costs of each environment's last 5 training episodes
-        (``"episodes"``), the risk of the replay buffer's actions (``"buffer"``, the paper's), or the risk of the current
-        policy's actions in the same states (``"policy"``). The last two are estimates of the cost critics.
+    :param penalty: What weighs a cost: one coefficient for all states and actions (``"expectation"``), the augmented
+        Lagrangian of the whole problem, whose limit is on the expected cost of an episode; or the paper's
+        ``"pointwise"``, a coefficient that grows with the risk of the single action
+    :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
+        ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
+        the limit. With ``"pointwise"`` it is the paper's rho (1 there), per unit of the energy, see ``normalize``
+    :param constraint_start: Share of the training, from 0 to 1, after which the constraint begins to act; until then the
+        policy learns without it. Once it acts it goes on to, also in a later ``learn()``. 0 for those who must never train
+        without the limit (the paper's)
+    :param multiplier_kwargs: Arguments of what ``multiplier_signal`` names. For ``"episodes"``,
+        :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per finished episode and
+        relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For ``"buffer"``,
+        :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value``, ``learning_rate`` (of Adam, or a schedule),
+        ``max_value``. One ``init_value`` for all or one per constraint
+    :param multiplier_signal: What the multipliers are updated from: once per finished episode from what recent ones have cost
+        (``"episodes"``, a PI controller of the relative violation, https://arxiv.org/abs/2007.03964), or once per update from
+        the risk that the cost critics expect of the replay buffer's actions (``"buffer"``, the paper's dual ascent)
+    :param normalize: Whether critics learn rewards and costs in units of their discounted sums, and the energy is measured in
+        units of its slopes per unit of action and divided by one plus the sum of the multipliers, so that the same arguments
+        serve rewards and costs of any scale (the paper has none of it)
     :param cost_risk_coef: Number of standard deviations over the cost critics that are added to their mean
     :param cost_target_risk_coef: Number of standard deviations over the target cost critics that are added to what each of
         them expects. It makes up for the policy's choice of actions whose cost is underestimated, as the minimum of the two
@@ -231,22 +240,29 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         return dict(
             learning_rate=3e-4,
             learning_starts=5000,
+            batch_size=256,
             tau=0.005,
+            gamma=0.99,
             gradient_steps=10,
             target_update_interval=2,
             replay_buffer_kwargs=dict(reward_cut_key="goal_met") if safety_gym else None,
             policy_kwargs=dict(layer_norm=False),
+            cost_gamma=0.99,
             penalty="pointwise",
             rho=1.0,
             constraint_start=0.0,
+            multiplier_kwargs=dict(init_value=0.6931, learning_rate=3e-4, max_value=1e6),
             multiplier_signal="buffer",
             normalize=False,
-            cost_gamma=0.99,
+            cost_risk_coef=1.0,
             cost_target_risk_coef=0.0,
             bound_cost_targets=False,
-            score_kwargs=dict(grad_through_chain=True),
+            guidance_coef=1.0,
+            score_coef=0.1,
+            score_kwargs=dict(temperature=1.0, n_samples=4, pairing="after", grad_through_chain=True),
             use_policy_at_warmup=True,
             policy_delay=1,
+            reduced_precision=False,
         )
 
     def _check_arguments(self) -> None:

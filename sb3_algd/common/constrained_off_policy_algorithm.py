@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 from gymnasium import spaces
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
@@ -344,11 +345,17 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         :param exact_match: See SB3
         :param device: See SB3
         """
-        if isinstance(load_path_or_dict, dict) and isinstance(self.lagrange_multiplier, EpisodeController):
-            # Of version 0.1.0
-            load_path_or_dict.pop("lagrange_multiplier.optimizer", None)
-            load_path_or_dict.setdefault("units", self.units.state_dict())
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        if isinstance(load_path_or_dict, dict):
+            parameters = load_path_or_dict
+        else:
+            _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        # Version 0.1.0 had no units, and always an optimizer of the multiplier
+        parameters = {"units": self.units.state_dict(), **parameters}
+        if self.__dict__.pop("_saved_space", "log") == "projected":
+            parameters["lagrange_multiplier"]["in_log_space"] = th.tensor(0.0)
+        if isinstance(self.lagrange_multiplier, EpisodeController):
+            parameters.pop("lagrange_multiplier.optimizer", None)
+        super().set_parameters(parameters, exact_match, device)
         # A divergence must not undo what was loaded
         self._weights_backup = WeightsBackup()
 

@@ -154,12 +154,14 @@ class LagrangeMultiplier(nn.Module):
         self.optimizer = th.optim.Adam([self.parameter], lr=learning_rate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}integral" in state_dict:
+            raise ValueError("`multiplier_signal` must be 'episodes', as the multiplier was saved, got 'buffer'.")
         parameter = state_dict.get(f"{prefix}parameter")
         saved = saved_multiplier(state_dict, prefix)
         if saved is not None and parameter is not None:
             # The exponential of the bound's logarithm may be a little more than the bound
             check_saved(saved, self.max_value * (1 + 1e-5))
-            state_dict[f"{prefix}parameter"] = saved.log() if saved is parameter else parameter
+            state_dict[f"{prefix}parameter"] = saved.clamp_min(1e-8).log() if saved is parameter else parameter
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property

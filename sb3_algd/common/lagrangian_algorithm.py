@@ -138,10 +138,12 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         environments_reset = reset_num_timesteps or self._last_obs is None
+        discounts = np.array([self.gamma, *[self.cost_gamma] * self.n_constraints])
         if self._return_scale is None:
-            self._return_scale = ReturnScale(self.n_envs, np.array([self.gamma, *[self.cost_gamma] * self.n_constraints]))
+            self._return_scale = ReturnScale(self.n_envs, discounts)
         elif environments_reset:
             self._return_scale.start_episodes(self.n_envs)
+        self._return_scale.discounts = discounts
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def _store_transition(
@@ -156,7 +158,8 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         assert self._return_scale is not None and self.replay_buffer is not None and self._cost_tracker is not None
         self._return_scale.update(reward, self.replay_buffer.newest_costs, dones)
-        if not self._constraint_acts and 1.0 - self._current_progress_remaining >= self.constraint_start:
+        # The progress that SB3 keeps is that of the step before, and at first that of the training before
+        if not self._constraint_acts and self.num_timesteps >= self.constraint_start * self._total_timesteps:
             self._constraint_acts = True
             self._acts.fill_(1.0)
         controller = self.lagrange_multiplier

@@ -42,6 +42,8 @@ def refuse_old_arguments(arguments: Iterable[str]) -> None:
     """
     today = {old: f"{place}=dict({new}=...)" for old, (place, new) in _IN_KWARGS.items()}
     today["policy_learning_rate"] = "actor_learning_rate"
+    # The paper's is in log space, the other one is not
+    today["multiplier_space"] = "multiplier_signal"
     for name in arguments:
         if name in today:
             raise ValueError(f"{name} is an argument of version 0.1.0, today it is {today[name]}.")
@@ -61,23 +63,29 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
     """
     if "multiplier_init" not in attributes:
         return
+    signal = attributes["multiplier_signal"]
     for name in ("multiplier_kwargs", "score_kwargs"):
         saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
         given = attributes.get(name) or {}
+        if name == "multiplier_kwargs":
+            # The file does not say it of the multiplier itself
+            attributes["_saved_space"] = saved.pop("space")
+            if signal != "buffer":
+                # A step of another unit
+                saved.pop("learning_rate")
         # What was given to load() comes first
         attributes[name] = {**saved, **given}
     actor_learning_rate = attributes.pop("policy_learning_rate")
     if attributes["actor_learning_rate"] is None:
         attributes["actor_learning_rate"] = actor_learning_rate
-    kwargs, signal = attributes["multiplier_kwargs"], attributes["multiplier_signal"]
-    kwargs.pop("space")
     if signal != "buffer":
-        # Steps of other units
-        kwargs.pop("learning_rate")
-        warn_user(
-            f"This model's multiplier was updated another way (multiplier_signal={signal!r}): it goes on from its value."
-        )
         attributes["multiplier_signal"] = "episodes"
+        # Who only lets it act has nothing to know
+        if attributes.get("env") is not None:
+            warn_user(
+                f"This model's multiplier was updated another way (multiplier_signal={signal!r}): it goes on from its value, "
+                "from the costs of episodes."
+            )
     attributes.update(_LEARNED_IN, cost_limit_gamma=attributes["cost_gamma"])
     # Layers without parameters, which nothing would miss
     attributes["policy_kwargs"] = {**attributes["policy_kwargs"], "layer_norm": False}

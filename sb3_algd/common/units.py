@@ -20,14 +20,14 @@ class ReturnScale:
     """
 
     def __init__(self, n_envs: int, discounts: np.ndarray) -> None:
-        self._discounts = discounts
+        self.discounts = discounts
         self._squares = np.zeros(len(discounts))
         self._count = 0
         self.start_episodes(n_envs)
 
     def start_episodes(self, n_envs: int) -> None:
         """:param n_envs: Number of environments, all of which were reset."""
-        self._running = np.zeros((n_envs, len(self._discounts)))
+        self._running = np.zeros((n_envs, len(self.discounts)))
 
     def update(self, rewards: np.ndarray, costs: np.ndarray, dones: np.ndarray) -> None:
         """
@@ -37,7 +37,7 @@ class ReturnScale:
         :param costs: Shape (n_envs, n_c).
         :param dones: Whether the episodes ended with this step, shape (n_envs,).
         """
-        self._running = self._running * self._discounts + np.column_stack([rewards, costs])
+        self._running = self._running * self.discounts + np.column_stack([rewards, costs])
         self._squares += np.square(self._running).sum(axis=0)
         self._count += len(dones)
         self._running[dones.astype(bool)] = 0.0

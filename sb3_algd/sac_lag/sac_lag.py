@@ -22,8 +22,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     SAC: https://arxiv.org/abs/1801.01290, with a Lagrangian: https://arxiv.org/abs/2002.08550
 
     Maximises the return and the policy's entropy subject to a limit on the cost of an episode. Critics, budget, multipliers
-    and replay buffer are those of :class:`~sb3_algd.ALGD`, so the difference between the two is the diffusion policy (and
-    ``rho``, which is 0 here).
+    and replay buffer are those of :class:`~sb3_algd.ALGD`, so the difference between the two is the diffusion policy.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str); it reports costs in ``info["cost"]``
@@ -61,20 +60,33 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         Setting it to auto, the code will be run on the GPU if possible.
     :param cost_limit: Cost allowed per episode, one number or one per constraint. If ``None``, the limit that the environment
         declares (attributes ``cost_limit`` and ``cost_limit_discounted``), else 25 with a warning.
-    :param cost_limit_discounted: Whether ``cost_limit`` is a sum discounted with ``cost_gamma`` instead of a plain sum.
+    :param cost_limit_discounted: Whether ``cost_limit`` is a sum discounted with ``cost_limit_gamma`` instead of a plain sum.
         If ``None``, the unit that the environment declares, else a plain sum.
-    :param episode_length: Horizon T that a plain limit is spread over. If ``None``, the environment's time limit,
+    :param cost_limit_gamma: The discount factor that a discounted ``cost_limit`` is meant with; nothing else
+    :param episode_length: Horizon T that a limit is spread over. If ``None``, the environment's time limit,
         else 1000 with a warning.
-    :param cost_gamma: the discount factor of costs
+    :param cost_gamma: the discount factor with which the cost critics learn; the limit is converted into their unit
     :param cost_key: Key of ``info`` that holds a step's cost (a number or one per constraint), or a function of ``info``
-    :param rho: Coefficient of the quadratic penalty, one number or one per constraint.
-        0 is SAC-Lagrangian; above 0, SAC is guided by ALGD's augmented Lagrangian
-    :param multiplier_kwargs: Arguments of :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value`` (0.6931, one
-        number or one per constraint), ``learning_rate`` (1e-4, or a schedule), ``max_value`` (100),
-        ``space`` (``"projected"``)
-    :param multiplier_signal: What the multipliers are updated from: the costs of each environment's last 5 training episodes
-        (``"episodes"``), the risk of the replay buffer's actions (``"buffer"``), or the risk of the current
-        policy's actions in the same states (``"policy"``). The last two are estimates of the cost critics.
+    :param penalty: What weighs a cost: one coefficient for all states and actions (``"expectation"``), the augmented
+        Lagrangian of the whole problem, whose limit is on the expected cost of an episode; or the paper's
+        ``"pointwise"``, a coefficient that grows with the risk of the single action
+    :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
+        ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
+        the limit. With ``"pointwise"`` it is the paper's rho (1 there), per unit of the energy, see ``normalize``
+    :param constraint_start: Share of the training, from 0 to 1, after which the constraint begins to act; until then the
+        policy learns without it. Once it acts it goes on to, also in a later ``learn()``. 0 for those who must never train
+        without the limit (the paper's)
+    :param multiplier_kwargs: Arguments of what ``multiplier_signal`` names. For ``"episodes"``,
+        :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per finished episode and
+        relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For ``"buffer"``,
+        :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value``, ``learning_rate`` (of Adam, or a schedule),
+        ``max_value``. One ``init_value`` for all or one per constraint
+    :param multiplier_signal: What the multipliers are updated from: once per finished episode from what recent ones have cost
+        (``"episodes"``, a PI controller of the relative violation, https://arxiv.org/abs/2007.03964), or once per update from
+        the risk that the cost critics expect of the replay buffer's actions (``"buffer"``, the paper's dual ascent)
+    :param normalize: Whether critics learn rewards and costs in units of their discounted sums, and the energy is measured in
+        units of its slopes per unit of action and divided by one plus the sum of the multipliers, so that the same arguments
+        serve rewards and costs of any scale (the paper has none of it)
     :param cost_risk_coef: Number of standard deviations over the cost critics that are added to their mean
     :param cost_target_risk_coef: Number of standard deviations over the target cost critics that are added to what each of
         them expects. It makes up for the policy's choice of actions whose cost is underestimated, as the minimum of the two

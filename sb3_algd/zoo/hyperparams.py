@@ -16,11 +16,11 @@ NET_ARCHS: dict[str, dict[str, list[int]]] = {
 
 def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Sample what all constrained algorithms have. In Optuna, ``multiplier_kwargs.space`` is the name of the item ``space`` of
-    the argument ``multiplier_kwargs``.
+    Sample what all constrained algorithms have. In Optuna, ``multiplier_kwargs.learning_rate`` is the name of the item
+    ``learning_rate`` of the argument ``multiplier_kwargs``.
 
-    Not tuned, for reasons: the limit and ``cost_gamma``, which are part of the task (a limit may be a sum discounted with it);
-    the number of updates per step, where more costs time and mostly helps.
+    Not tuned, for reasons: the limit and its unit, which are the task; what moves the multipliers, whose two kinds take steps
+    of different units; the number of updates per step, where more costs time and mostly helps.
 
     :param trial: Optuna's trial
     :param n_actions: Dimension of the actions, not used
@@ -34,14 +34,17 @@ def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
         "batch_size": trial.suggest_categorical("batch_size", [64, 128, 256, 512]),
         "tau": trial.suggest_float("tau", 0.002, 0.05, log=True),
         "target_update_interval": trial.suggest_int("target_update_interval", 1, 2),
+        "policy_delay": trial.suggest_int("policy_delay", 1, 4),
         # The constraint
+        "cost_gamma": trial.suggest_categorical("cost_gamma", [0.9, 0.95, 0.975, 0.99]),
+        "penalty": trial.suggest_categorical("penalty", ["expectation", "pointwise"]),
+        "rho": trial.suggest_float("rho", 0.02, 1.0, log=True),
+        "constraint_start": trial.suggest_float("constraint_start", 0.0, 0.4),
         "cost_risk_coef": trial.suggest_float("cost_risk_coef", 0.0, 2.0),
-        "multiplier_signal": trial.suggest_categorical("multiplier_signal", ["buffer", "policy", "episodes"]),
     }
     multiplier = "multiplier_kwargs"
-    params[f"{multiplier}.init_value"] = trial.suggest_float(f"{multiplier}.init_value", 0.1, 3.0, log=True)
-    params[f"{multiplier}.learning_rate"] = trial.suggest_float(f"{multiplier}.learning_rate", 3e-5, 3e-2, log=True)
-    params[f"{multiplier}.space"] = trial.suggest_categorical(f"{multiplier}.space", ["log", "projected"])
+    params[f"{multiplier}.learning_rate"] = trial.suggest_float(f"{multiplier}.learning_rate", 0.01, 0.5, log=True)
+    params[f"{multiplier}.confidence"] = trial.suggest_float(f"{multiplier}.confidence", 0.0, 2.0)
     # The policy
     params["policy_kwargs.net_arch"] = trial.suggest_categorical("policy_kwargs.net_arch", list(NET_ARCHS))
     params["policy_kwargs.n_cost_critics"] = trial.suggest_int("policy_kwargs.n_cost_critics", 2, 4)
@@ -61,7 +64,6 @@ def sample_algd_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     :return: Keyword arguments of ALGD
     """
     own = {
-        "rho": trial.suggest_float("rho", 0.1, 10.0, log=True),
         "score_coef": trial.suggest_float("score_coef", 0.01, 1.0, log=True),
         "score_kwargs.temperature": trial.suggest_float("score_kwargs.temperature", 0.01, 10.0, log=True),
         "score_kwargs.n_samples": trial.suggest_categorical("score_kwargs.n_samples", [2, 4, 8]),
@@ -73,7 +75,7 @@ def sample_algd_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 
 def sample_sac_lag_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Sample the hyperparameters of SACLag. ``rho`` is not tuned: above 0 it is another algorithm.
+    Sample the hyperparameters of SACLag.
 
     :param trial: Optuna's trial
     :param n_actions: Dimension of the actions, not used
