@@ -353,7 +353,7 @@ def test_schedules_of_all_learning_rates() -> None:
 
 def test_dictionaries_in_a_configuration_may_be_strings(tmp_path: Path) -> None:
     config = tmp_path / "mine.yml"
-    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: \"dict(max_value=5.0)\"\n")
+    config.write_text(f'{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: "dict(max_value=5.0)"\n')
     manager = CostExperimentManager(argparse.Namespace(), "sac_lag", ENV, str(tmp_path), config=str(config))
     assert manager.read_hyperparameters()[0]["multiplier_kwargs"] == {"max_value": 5.0}
 
