@@ -25,6 +25,7 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.evaluation import evaluate_policy
 from sb3_algd.common.recorder import make_envs
+from sb3_algd.zoo import storage
 from sb3_algd.zoo.__main__ import main
 from sb3_algd.zoo.hyperparams import sample_algd_params
 from sb3_algd.zoo.manager import CostExperimentManager
@@ -215,8 +216,8 @@ def test_two_workers_share_a_study(tmp_path: Path) -> None:
     ]
     outputs = [worker.communicate(timeout=600)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
-    study = optuna.load_study(study_name="shared", storage=storage)
+    journal = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
+    study = optuna.load_study(study_name="shared", storage=journal)
     trials = study.trials
     assert [trial.number for trial in trials] == list(range(len(trials)))
     assert 4 <= len(trials) <= 5
@@ -275,3 +276,17 @@ def test_a_worker_whose_trial_was_given_up_says_so(optimize: Any, tmp_path: Path
     monkeypatch.setattr(ALGD, "train", train_for_too_long)
     with pytest.raises(SystemExit, match=r"Trial 0 gave no sign of life for 120 s, so it counts as failed: .* suspended"):
         optimize("cost_limit:999.5", "--n-trials", "1", "--storage", database, "--study-name", "s")
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_a_worker_that_comes_back_makes_up_for_the_trial_it_died_in(
+    optimize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 1)
+    database = f"sqlite:///{tmp_path / 'study.db'}"
+    study = storage.create_study(optuna.create_study, database, study_name="s", direction="maximize")
+    cached: Any = study._storage
+    cached.record_heartbeat(study.ask()._trial_id)
+    optimize("cost_limit:999.5", "--max-total-trials", "1", "--storage", database, "--study-name", "s")
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]

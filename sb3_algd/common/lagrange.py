@@ -209,7 +209,7 @@ class EpisodeController(nn.Module):
         init_value: PerConstraint = 0.0,
         learning_rate: float = 0.05,
         max_value: float = 10.0,
-        confidence: float = 0.5,
+        confidence: float = 1.0,
     ) -> None:
         super().__init__()
         start = check_initial(init_value, max_value, n_constraints)
