@@ -265,9 +265,9 @@ def test_every_entry_fits_its_task(name: str) -> None:
 def papers_entries(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """What the Zoo makes of the entries of ``algd_paper.yml``."""
     entries_of = {}
-    config = str(CONFIGS / "algd_paper.yml")
-    for task in yaml.safe_load(Path(config).read_text()):
-        manager = CostExperimentManager(argparse.Namespace(), "algd", task, str(tmp_path), config=config)
+    for task in yaml.safe_load((CONFIGS / "algd_paper.yml").read_text()):
+        # By its name
+        manager = CostExperimentManager(argparse.Namespace(), "algd", task, str(tmp_path), config="algd_paper.yml")
         entries_of[task], _ = manager.read_hyperparameters()
     return entries_of
 
