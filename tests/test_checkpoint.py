@@ -95,7 +95,15 @@ def assert_same_training(whole: ConstrainedOffPolicyAlgorithm, resumed: Constrai
     assert type(resumed) is type(whole)
     assert resumed.num_timesteps == whole.num_timesteps and resumed._n_updates == whole._n_updates
     assert resumed._episode_num == whole._episode_num
+    # The controller and the energy's units among them
     assert same(weights(whole), weights(resumed))
+    assert whole._constraint_acts and resumed._constraint_acts and whole._acts.item() == resumed._acts.item() == 1.0
+    scales = whole._return_scale, resumed._return_scale
+    assert scales[0] is not None and scales[1] is not None
+    for name, value in vars(scales[0]).items():
+        np.testing.assert_array_equal(value, vars(scales[1])[name], name)
+    assert whole._n_fooled == resumed._n_fooled
+    np.testing.assert_array_equal(whole._multiplier_before, resumed._multiplier_before)
     np.testing.assert_array_equal(whole.ep_cost_buffer, resumed.ep_cost_buffer)
     assert whole.ep_info_buffer is not None and resumed.ep_info_buffer is not None
     # All but the time that they took

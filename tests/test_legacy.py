@@ -58,7 +58,12 @@ def test_arguments_have_their_names_of_today() -> None:
     assert (ve.score_coef, ddpm.score_coef) == (0.1, 0.1)
     # The energy is the one that they have learned in
     for model in (ve, ddpm):
-        assert (model.penalty, model.normalize, model.constraint_start, model._constraint_acts) == ("pointwise", False, 0.0, True)
+        assert (model.penalty, model.normalize, model.constraint_start, model._constraint_acts) == (
+            "pointwise",
+            False,
+            0.0,
+            True,
+        )
         assert model.cost_limit_gamma == model.cost_gamma
         assert model._rho.tolist() == [model.rho] and model._proportional.tolist() == [0.0]
     old_names = {"multiplier_init", "score_temperature", "policy_learning_rate", "score_space", "cuda_graph"}

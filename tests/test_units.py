@@ -124,8 +124,9 @@ def test_another_scale_changes_no_value(algorithm: Algorithm) -> None:
 
     def values() -> list[th.Tensor]:
         with th.no_grad():
-            rewards = [critic(obs, actions) * model.units.returns[0] for critic in (model.critic, model.critic_target)]
-            costs = [critic(obs, actions) * model.units.returns[1:] for critic in (model.cost_critic, model.cost_critic_target)]
+            units, policy = model.units.returns, model.policy
+            rewards = [critic(obs, actions) * units[0] for critic in (policy.critic, policy.critic_target)]
+            costs = [critic(obs, actions) * units[1:] for critic in (policy.cost_critic, policy.cost_critic_target)]
         return [*rewards, *costs]
 
     before, scale = values(), model.units.returns.clone()

@@ -265,9 +265,9 @@ def test_every_entry_fits_its_task(name: str) -> None:
 def papers_entries(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """What the Zoo makes of the entries of ``algd_paper.yml``."""
     entries_of = {}
-    config = str(CONFIGS / "algd_paper.yml")
-    for task in yaml.safe_load(Path(config).read_text()):
-        manager = CostExperimentManager(argparse.Namespace(), "algd", task, str(tmp_path), config=config)
+    for task in yaml.safe_load((CONFIGS / "algd_paper.yml").read_text()):
+        # By its name
+        manager = CostExperimentManager(argparse.Namespace(), "algd", task, str(tmp_path), config="algd_paper.yml")
         entries_of[task], _ = manager.read_hyperparameters()
     return entries_of
 
@@ -353,7 +353,7 @@ def test_schedules_of_all_learning_rates() -> None:
 
 def test_dictionaries_in_a_configuration_may_be_strings(tmp_path: Path) -> None:
     config = tmp_path / "mine.yml"
-    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: \"dict(max_value=5.0)\"\n")
+    config.write_text(f'{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: "dict(max_value=5.0)"\n')
     manager = CostExperimentManager(argparse.Namespace(), "sac_lag", ENV, str(tmp_path), config=str(config))
     assert manager.read_hyperparameters()[0]["multiplier_kwargs"] == {"max_value": 5.0}
 

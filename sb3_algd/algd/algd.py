@@ -81,9 +81,9 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         without the limit (the paper's)
     :param multiplier_kwargs: Arguments of what ``multiplier_signal`` names. For ``"episodes"``,
         :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per finished episode and
-        relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For ``"buffer"``,
-        :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value``, ``learning_rate`` (of Adam, or a schedule),
-        ``max_value``. One ``init_value`` for all or one per constraint
+        relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For
+        ``"buffer"``, :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value``, ``learning_rate`` (of Adam, or a
+        schedule), ``max_value``. One ``init_value`` for all or one per constraint
     :param multiplier_signal: What the multipliers are updated from: once per finished episode from what recent ones have cost
         (``"episodes"``, a PI controller of the relative violation, https://arxiv.org/abs/2007.03964), or once per update from
         the risk that the cost critics expect of the replay buffer's actions (``"buffer"``, the paper's dual ascent)

@@ -37,6 +37,8 @@ def restart_episodes(model: ConstrainedOffPolicyAlgorithm, seed: int) -> None:
     if model.action_noise is not None:
         model.action_noise.reset()
     model._cost_tracker.start_episodes(model.n_envs)
+    assert model._return_scale is not None
+    model._return_scale.start_episodes(model.n_envs)
 
 
 def original_observation(model: ConstrainedOffPolicyAlgorithm) -> Any:

@@ -59,12 +59,15 @@ class CostExperimentManager(ExperimentManager):
     :param args: The options of the command line
     :param algo: Name of the algorithm
     :param rest: See the Zoo's
-    :param kwargs: See the Zoo's; ``config`` is the file of hyperparameters, ours for our algorithms if None
+    :param kwargs: See the Zoo's; ``config`` is the file of hyperparameters, ours for our algorithms if None, or the name of
+        one of ours
     """
 
     def __init__(self, args: argparse.Namespace, algo: str, *rest: Any, **kwargs: Any) -> None:
-        if kwargs.get("config") is None and (CONFIGS / f"{algo}.yml").is_file():
-            kwargs["config"] = str(CONFIGS / f"{algo}.yml")
+        given = kwargs.get("config")
+        ours = CONFIGS / (f"{algo}.yml" if given is None else given)
+        if (given is None or not os.path.exists(given)) and ours.is_file():
+            kwargs["config"] = str(ours)
         super().__init__(args, algo, *rest, **kwargs)
         self.is_constrained = is_constrained(algo)
         if self.is_constrained:
