@@ -18,7 +18,6 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.utils import LinearSchedule
 
 from benchmarks.settings import ALGORITHMS, RESULTS
 from sb3_algd.common.random_state import preserved_random_state
@@ -41,28 +40,23 @@ HEADER = (
 COMMON: dict[str, Any] = dict(
     # Small networks and quick targets for a small task, whose next target is drawn afresh: a short horizon will do
     learning_rate=3e-3,
-    actor_learning_rate=3e-3,
     batch_size=64,
-    tau=0.02,
-    target_update_interval=1,
     gamma=0.5,
     cost_gamma=0.5,
     learning_starts=200,
-    # The stored actions of the warm-up say nothing about what the policy costs now
-    multiplier_signal="policy",
-    # The rest of what concerns the constraint as in the paper
-    multiplier_kwargs=dict(space="log", learning_rate=3e-4),
-    bound_cost_targets=False,
-    # The consistent choice: scores are learned in the states that the chain asks for them
-    score_kwargs=dict(pairing="before"),
+    policy_delay=1,
+    # The runs have some twenty episodes: the multiplier has to move faster than in a long training
+    rho=0.2,
+    multiplier_kwargs=dict(learning_rate=0.15, confidence=2.0),
 )
-#: Arguments of ALGD for each type; a learning rate with ``lin_`` falls linearly to 0, as in the RL Zoo
+#: Arguments of ALGD for each type
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "algd-ve": {
         **COMMON,
-        # Rewards are about 1: at temperature 1 the Boltzmann distribution would be as wide as the box. A score that is 50
-        # times larger needs smaller steps, whose size is the noise's variance
-        "score_kwargs": {"pairing": "before", "temperature": 0.02},
+        # The reward has the same slope up to the edge of the box: at temperature 1 the Boltzmann distribution would be as wide
+        # as the box. A steep score needs smaller steps, whose size is the noise's variance. It is learned in the states that
+        # the chain asks for it
+        "score_kwargs": {"pairing": "before", "temperature": 0.015},
         "policy_kwargs": {"diffusion": "ve", "net_arch": [64, 64], "diffusion_kwargs": {"sigma_max": 0.2}},
     },
     "algd-ddpm": {
@@ -72,11 +66,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         # 0, not a small one: Adam makes whole steps of the noise head, which only the guidance loss has gradients for
         "guidance_coef": 0.0,
         "score_coef": 1.0,
-        # A margin below the limit, from the cost critics' disagreement
-        "cost_risk_coef": 3.0,
-        # Falling to 0. At a constant rate this type's cost moves around the limit from one evaluation to the next. The other
-        # type learns steep scores, which takes the full rate until the end
-        "actor_learning_rate": "lin_3e-3",
+        "score_kwargs": {"pairing": "before"},
         # Without guidance only the push along the score moves samples: it has to take them all the way, 10 * 0.2
         "policy_kwargs": {
             "diffusion": "ddpm",
@@ -88,7 +78,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 #: Environment steps of a run of each type
-STEPS = {"algd-ve": 2000, "algd-ddpm": 1500}
+STEPS = {"algd-ve": 3000, "algd-ddpm": 2000}
 
 
 def mode_shares(model: BaseAlgorithm) -> tuple[float, float]:
@@ -107,9 +97,6 @@ def mode_shares(model: BaseAlgorithm) -> tuple[float, float]:
 
 def train(run: Run) -> None:
     """:param run: The run to do, from start to end."""
-    rate = run.settings.kwargs["actor_learning_rate"]
-    if isinstance(rate, str):
-        rate = LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
     modes = [("step", "left", "right")]
 
     def on_row(model: BaseAlgorithm, row: Row) -> None:
@@ -119,7 +106,7 @@ def train(run: Run) -> None:
             csv.writer(file).writerows(modes)
         print(f"{run.label}: {describe(row)}, modes {left:.2f} and {right:.2f}", flush=True)
 
-    do(run, on_row, actor_learning_rate=rate)
+    do(run, on_row)
 
 
 def table_row(run: Run) -> tuple[str, bool]:
