@@ -346,7 +346,7 @@ def test_with_the_papers_arguments_the_update_is_the_plain_one(diffusion: str) -
     losses = [(plain.critic, sum((value - target).square().mean() for value in values))]
     losses.append((plain.cost_critic, (costs - cost_targets).square().mean()))
     for network, loss in losses:
-        plain_step(network, th.autograd.grad(loss, list(network.parameters())))  # type: ignore[arg-type]
+        plain_step(network, th.autograd.grad(loss, list(network.parameters())))
     plain_step(plain.actor, plain_policy_gradients(plain, batch.observations, 1.0, 4, through_chain=True)[2])
     # Adam's first step is as long as the learning rate
     expected = np.log(0.6931) + 3e-4 * np.sign(risk.item() - plain.cost_budget.item())

@@ -14,6 +14,7 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.batches import sample_batches
 from sb3_algd.common.buffers import CostReplayBufferSamples
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.lagrange import LagrangeMultiplier
 from tests.conftest import PAPER, SMALL, Algorithm, make_env, make_model, make_model_of, same, weights
 
 
@@ -108,6 +109,7 @@ def test_each_optimizer_follows_its_own_schedule(algorithm: Algorithm) -> None:
         multiplier_kwargs=dict(learning_rate=lambda progress: 0.5 * progress),
     )
     model.learn(40)
+    assert isinstance(model.lagrange_multiplier, LagrangeMultiplier)
     networks = (model.critic, model.cost_critic, model.actor, model.lagrange_multiplier)
     optimizers = [network.optimizer for network in networks] + model._actor_optimizers()[1:]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]

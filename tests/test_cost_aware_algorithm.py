@@ -60,6 +60,7 @@ def make_model(env: Any = None, **kwargs: Any) -> ALGD:
         seed=0,
         device="cpu",
         cost_limit=20.0,
+        cost_gamma=0.99,
     )
     return ALGD("MlpPolicy", make_env() if env is None else env, **{**defaults, **kwargs})
 

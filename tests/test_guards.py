@@ -391,8 +391,9 @@ class EndsByItself(CostlyEnv):
 
 def test_episodes_that_are_shorter_than_the_assumed_horizon_are_noticed(algorithm: Algorithm) -> None:
     message = r"ends its episodes after 20 steps, but a horizon of 1000 .* is 0\.11 times .*Give episode_length=20"
+    env = make_vec_env(lambda: EndsByItself([20]), n_envs=1)
     with pytest.warns(UserWarning, match="1000 steps are assumed"):
-        model = make_model_of(algorithm, make_vec_env(lambda: EndsByItself([20]), n_envs=1), learning_starts=1000)
+        model = make_model_of(algorithm, env, learning_starts=1000, cost_gamma=0.99)
     with pytest.warns(UserWarning, match=message) as caught:
         model.learn(100)
     assert sum("horizon" in str(warning.message) for warning in caught) == 1

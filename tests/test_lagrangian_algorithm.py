@@ -195,7 +195,7 @@ class CostOf(gym.Wrapper):
     def step(self, action: Any) -> Any:
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.steps = getattr(self, "steps", 0) + 1
-        return obs, float(reward), terminated, truncated, {**info, "cost": float(self.steps % 2)}  # type: ignore[arg-type]
+        return obs, float(reward), terminated, truncated, {**info, "cost": float(self.steps % 2)}
 
 
 def images() -> gym.Env:
