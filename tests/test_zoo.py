@@ -21,6 +21,7 @@ import huggingface_hub
 import rl_zoo3
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
+from benchmarks import toy
 from sb3_algd import ALGD, SACLag, cli
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.envs.catalogue import OWN, SPEED, STOCK, entries
@@ -283,6 +284,13 @@ def test_the_papers_entries_are_the_papers_arguments(tmp_path: Path) -> None:
         assert arguments == {name: value for name, value in expected.items() if value is not None}, task
         assert hyperparams["cost_limit"] == tasks[task].kwargs["cost_limit"], task
         assert hyperparams["cost_limit_discounted"] == (tasks[task].track == SPEED), task
+
+
+def test_the_tiny_task_has_the_arguments_of_its_benchmark(tmp_path: Path) -> None:
+    hyperparams, _ = CostExperimentManager(argparse.Namespace(), "algd", ENV, str(tmp_path)).read_hyperparameters()
+    expected = toy.ARGUMENTS["algd-ve"]
+    assert {name: hyperparams[name] for name in expected} == expected
+    assert hyperparams["n_timesteps"] == toy.STEPS["algd-ve"]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
