@@ -167,7 +167,7 @@ def test_the_integral_stops_at_its_bounds() -> None:
 
 def test_the_controller_steers_an_upper_bound_of_the_cost() -> None:
     # Mean 10 at a limit of 10: within it on average, but not for sure
-    sure, unsure = (EpisodeController(init_value=1.0, confidence=confidence) for confidence in (0.0, 1.0))
+    sure, unsure = (EpisodeController(init_value=1.0, learning_rate=0.1, confidence=each) for each in (0.0, 1.0))
     for controller in (sure, unsure):
         controller.update(episodes(2.0, 18.0), LIMIT, NO_RHO)
     assert sure.value.item() == pytest.approx(1.0)

@@ -26,7 +26,10 @@ def test_it_leaves_model_curve_and_picture_and_prints_the_verdict(tmp_path: Path
     assert ALGD.load(folder / "model").num_timesteps == 120
     output = capsys.readouterr().out
     stochastic, deterministic = (line for line in output.splitlines() if line.startswith("Last model"))
-    for line, name in ((stochastic, f"{train.N_FINAL_EPISODES} stochastic episodes"), (deterministic, "1 deterministic episode:")):
+    for line, name in (
+        (stochastic, f"{train.N_FINAL_EPISODES} stochastic episodes"),
+        (deterministic, "1 deterministic episode:"),
+    ):
         assert line.startswith(f"Last model, {name}")
         found = re.search(r", cost ([\d.]+) \+/- [\d.]+(?: \(95% confidence: ([\d.]+) to ([\d.]+)\))?", line)
         assert found is not None
