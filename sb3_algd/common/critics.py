@@ -19,6 +19,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
+from sb3_algd.common.fused import FusedCritic, activate
+
 
 def _xavier_uniform(weight: th.Tensor) -> None:
     """Xavier-uniform initialisation of stacked weights (E, fan_in, fan_out)."""
@@ -104,11 +106,13 @@ class EnsembleCritic(BaseModel):
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
             return self.extract_features(obs, self.features_extractor)
 
-    def bind(self, features: th.Tensor) -> "BoundCritic":
+    def bind(self, features: th.Tensor) -> "BoundCritic | FusedCritic":
         """
         :param features: Features of states, shape (batch, features_dim).
         :return: The ensemble for these states.
         """
+        if th.compiler.is_compiling() and len(self.weights) > 1:
+            return FusedCritic(list(self.weights), list(self.biases), self.activation, self.layer_norm, features)
         return BoundCritic(self, features)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -132,9 +136,11 @@ class EnsembleCritic(BaseModel):
         :param hidden: What the layer before it gives, before the activation function, shape (E, rows, fan_in).
         :return: The same of this layer, shape (E, rows, fan_out).
         """
-        if self.layer_norm:
-            hidden = F.layer_norm(hidden, hidden.shape[-1:])
-        hidden, weight, bias = self.activation(hidden), self.weights[depth], self.biases[depth]
+        if th.compiler.is_compiling():
+            hidden = activate(hidden, self.activation, self.layer_norm)
+        else:
+            hidden = self.activation(F.layer_norm(hidden, hidden.shape[-1:]) if self.layer_norm else hidden)
+        weight, bias = self.weights[depth], self.biases[depth]
         if weight.shape[2] == 1:
             # On CPUs, a batched matrix product with one column takes six times as long
             return (hidden * weight.transpose(1, 2)).sum(dim=2, keepdim=True) + bias

@@ -9,7 +9,6 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 
 from sb3_algd.common.critics import EnsembleCritic
@@ -272,4 +271,6 @@ class ConstrainedPolicy(BasePolicy, ABC):
         for critic, target in ((self.critic, self.critic_target), (self.cost_critic, self.cost_critic_target)):
             th._foreach_lerp_(list(target.parameters()), list(critic.parameters()), tau)
             # Running statistics of normalisation layers are copied, see SB3's GH issue #996
-            polyak_update(get_parameters_by_name(critic, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
+            for (name, buffer), copied in zip(critic.named_buffers(), target.buffers(), strict=True):
+                if "running_" in name:
+                    copied.copy_(buffer)
