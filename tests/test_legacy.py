@@ -130,7 +130,14 @@ def saved_attributes(**changed: Any) -> dict[str, Any]:
         score_space="action",
         clip_score_samples=False,
     )
-    return {"actor_learning_rate": None, "multiplier_kwargs": None, "score_kwargs": None, **old, **changed}
+    return {
+        "actor_learning_rate": None,
+        "policy_kwargs": {},
+        "multiplier_kwargs": None,
+        "score_kwargs": None,
+        **old,
+        **changed,
+    }
 
 
 def test_the_weights_of_the_two_losses_are_kept() -> None:

@@ -57,6 +57,7 @@ def test_costs_and_losses_are_logged(tmp_path: Path, algorithm: Algorithm) -> No
 
 def test_each_constraint_is_logged_and_discounted_limits_in_their_unit(tmp_path: Path, algorithm: Algorithm) -> None:
     discounted: dict[str, Any] = dict(cost_limit_discounted=True, cost_gamma=0.9, cost_limit_gamma=0.9)
+    discounted["multiplier_kwargs"] = dict(init_value=1.0)
     model = make_model_of(algorithm, make_env(n_costs=2), cost_limit=[5.0, 3.0], **discounted)
     row = logged(model, tmp_path)
     assert [row["train/cost_budget_0"], row["train/cost_budget_1"]] == [5.0, 3.0]
