@@ -61,7 +61,8 @@ faults: install
 	OMP_NUM_THREADS=1 SB3_ALGD_EXAMPLES=40 $(BIN)/python -m pytest -n $(JOBS) -q tests/test_argument_rules.py
 
 benchmark: install
-	$(BIN)/python -m benchmarks.speed $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --threads 1 $(ARGS)
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.speed --threads 2 --parts updates --page docs/performance.md $(ARGS)
 
 type: install
 	$(BIN)/mypy

@@ -1,8 +1,8 @@
 """
 How fast ALGD updates and acts, as ratios to SB3's SAC measured in the same run.
 
-    make benchmark                                    # everything, about 10 minutes; writes benchmarks/results/speed
-    python -m benchmarks.speed --parts updates --rounds 15
+    make benchmark                                    # with one thread and with two; writes benchmarks/results/speed
+    python -m benchmarks.speed --parts updates --rounds 15 --threads 1
     python -m benchmarks.speed --trained runs/Safexp-PointButton1-v0_1/model.zip   # updates in an actual training
 
 The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, 4 cost critics, 4 score
@@ -32,8 +32,10 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.compiled_sac import CompiledSAC
+from benchmarks.plot import fill_page
+from benchmarks.plot import table as markdown_table
 from sb3_algd import ALGD, SACLag
-from sb3_algd.common.memory import keep_freed_memory
 
 BATCH_SIZE = 256
 #: Changes of the standard setting for the table of growth: name -> (keyword arguments, batch size, number of constraints)
@@ -41,13 +43,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "standard": ({}, 256, 1),
     "batch 64": ({}, 64, 1),
     "batch 1024": ({}, 1024, 1),
-    "2 denoising steps": (dict(policy_kwargs=dict(denoising_steps=2)), 256, 1),
     "10 denoising steps": (dict(policy_kwargs=dict(denoising_steps=10)), 256, 1),
-    "1 score sample": (dict(score_kwargs=dict(n_samples=1)), 256, 1),
     "16 score samples": (dict(score_kwargs=dict(n_samples=16)), 256, 1),
-    "1 cost critic": (dict(policy_kwargs=dict(n_cost_critics=1)), 256, 1),
     "8 cost critics": (dict(policy_kwargs=dict(n_cost_critics=8)), 256, 1),
-    "critics 64, 64": (dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[64, 64]))), 256, 1),
     "critics 512, 512": (dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[512, 512]))), 256, 1),
     "3 constraints": ({}, 256, 3),
 }
@@ -83,7 +81,7 @@ class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
 
 def make_model(kind: str, device: str, n_constraints: int = 1, n_envs: int = 1, **kwargs: Any) -> OffPolicyAlgorithm:
     """
-    :param kind: ``sac``, ``sac_lag``, ``ve`` or ``ddpm``.
+    :param kind: ``sac``, ``compiled_sac``, ``sac_lag``, ``ve`` or ``ddpm``.
     :param device: Device.
     :param n_constraints: Number of constraints.
     :param n_envs: Number of environments.
@@ -95,10 +93,12 @@ def make_model(kind: str, device: str, n_constraints: int = 1, n_envs: int = 1, 
     model: OffPolicyAlgorithm
     if kind == "sac":
         model = SAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256]), **common)
+    elif kind == "compiled_sac":
+        model = CompiledSAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256]), **common, **kwargs)
     elif kind == "sac_lag":
-        model = SACLag("MlpPolicy", env, **common, **kwargs)
+        model = SACLag("MlpPolicy", env, policy_kwargs=dict(layer_norm=True), **common, **kwargs)
     else:
-        policy_kwargs = {"diffusion": kind, **kwargs.pop("policy_kwargs", {})}
+        policy_kwargs = {"diffusion": kind, "layer_norm": True, **kwargs.pop("policy_kwargs", {})}
         model = ALGD("DiffusionPolicy", env, policy_kwargs=policy_kwargs, **common, **kwargs)
     model.learn(1205)
     return model
@@ -179,12 +179,6 @@ def train(model: OffPolicyAlgorithm, count: int) -> None:
     model.train(count, BATCH_SIZE)
 
 
-def train_one_by_one(model: OffPolicyAlgorithm, count: int) -> None:
-    """Updates in a call each, as with ``gradient_steps=1``, the default of both."""
-    for _ in range(count):
-        model.train(1, BATCH_SIZE)
-
-
 def predict(n_observations: int, model: OffPolicyAlgorithm, count: int) -> None:
     """Actions for several observations at once, or for a single one."""
     obs = np.random.default_rng(0).uniform(-1.0, 1.0, (n_observations, 76)).astype(np.float32)
@@ -197,12 +191,6 @@ def learn(gradient_steps: int, model: OffPolicyAlgorithm, count: int) -> None:
     """Environment steps in one call of ``learn``, with so many updates after each step of all environments."""
     model.gradient_steps = gradient_steps
     model.learn(count, reset_num_timesteps=False)
-
-
-def make_sac_that_keeps_memory(device: str) -> OffPolicyAlgorithm:
-    """SAC with the setting of the C library that ALGD makes."""
-    keep_freed_memory()
-    return make_model("sac", device)
 
 
 def compare(tasks: Mapping[str, Callable[[], float]], rounds: int, reference: str) -> pd.DataFrame:
@@ -226,27 +214,28 @@ def compare(tasks: Mapping[str, Callable[[], float]], rounds: int, reference: st
 
 def measure_updates(rounds: int, device: str, chosen: list[str] | None = None) -> pd.DataFrame:
     """Gradient updates per second, at the standard setting; of the chosen models, beside SAC, or of all."""
-    makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
-    if device == "cpu":
-        makers["sac, freed memory kept"] = partial(make_sac_that_keeps_memory, device)
-    makers["sac_lag"] = partial(make_model, "sac_lag", device)
+    makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {
+        "sac": partial(make_model, "sac", device),
+        "sac, compiled, bfloat16": partial(make_model, "compiled_sac", device, bfloat16=True),
+    }
     for kind in ("ve", "ddpm"):
-        make = partial(make_model, kind, device)
-        makers[f"algd-{kind}"] = partial(make, compile=False)
-        makers[f"algd-{kind}, constraint not active"] = partial(make, compile=False, cost_limit=1e6)
-        for precision, reduced in (("float32", False), ("bfloat16", True)):
-            makers[f"algd-{kind}, compiled, {precision}"] = partial(make, compile=True, reduced_precision=reduced)
-        makers[f"algd-{kind}, compiled, bfloat16, constraint not active"] = partial(
-            make, compile=True, reduced_precision=True, cost_limit=1e6
+        # Policy and critics in every update, but for the last row
+        make = partial(make_model, kind, device, policy_delay=1)
+        for how, kwargs in (
+            ("eager", dict(compile=False, reduced_precision=False)),
+            ("compiled, float32", dict(compile=True, reduced_precision=False)),
+            ("compiled, bfloat16", dict(compile=True, reduced_precision=True)),
+        ):
+            makers[f"algd-{kind}, {how}"] = partial(make, **kwargs)
+            if how != "compiled, float32":
+                makers[f"algd-{kind}, {how}, constraint not active"] = partial(make, cost_limit=1e6, **kwargs)
+        makers[f"algd-{kind}, compiled, bfloat16, policy every second update"] = partial(
+            make_model, kind, device, policy_delay=2, compile=True, reduced_precision=True
         )
     names = [name for name in makers if chosen is None or name in ("sac", *chosen)]
     models = {name: ModelProcess(makers[name], device) for name in names}
     count = 200 if device == "cuda" else 20
-    tasks = {name: partial(model.rate, train, count) for name, model in models.items()}
-    for name in ("sac", "algd-ve"):
-        if name in models:
-            tasks[f"{name}, one per call"] = partial(models[name].rate, train_one_by_one, count)
-    return compare(tasks, rounds, "sac")
+    return compare({name: partial(model.rate, train, count) for name, model in models.items()}, rounds, "sac")
 
 
 def measure_trained(paths: list[Path], task: str, rounds: int, device: str) -> pd.DataFrame:
@@ -259,8 +248,9 @@ def measure_trained(paths: list[Path], task: str, rounds: int, device: str) -> p
 
 def measure_predictions(rounds: int, device: str) -> pd.DataFrame:
     """Calls of ``predict`` per second, for several numbers of observations at once."""
-    kinds = {"sac": "sac", "algd-ve": "ve", "algd-ddpm": "ddpm"}
-    models = {name: ModelProcess(partial(make_model, kind, device), device) for name, kind in kinds.items()}
+    kinds = {"sac": partial(make_model, "sac", device)}
+    kinds |= {f"algd-{kind}": partial(make_model, kind, device, compile=False) for kind in ("ve", "ddpm")}
+    models = {name: ModelProcess(make, device) for name, make in kinds.items()}
     tables = []
     for n_observations in (1, 8, 64, 1024):
         count = 200 if n_observations < 1024 else 40
@@ -284,14 +274,17 @@ def measure_learning(rounds: int, device: str) -> pd.DataFrame:
 
 
 def measure_growth(rounds: int, device: str) -> pd.DataFrame:
-    """Time of an update of the VE type as one quantity of the setting changes, with the floor that its operations set."""
-    products = measure_products(device)
+    """Time of a compiled update as one quantity of the setting changes (VE type), with the floor that its operations set."""
+    products = measure_products(device, th.bfloat16)
     count = 10
     rows = []
     for name, (kwargs, batch_size, n_constraints) in VARIANTS.items():
-        model = make_model("ve", device, n_constraints, **kwargs)
+        model = make_model("ve", device, n_constraints, compile=True, reduced_precision=True, policy_delay=1, **kwargs)
         update = partial(model.train, count, batch_size)
+        # Compiled here where the batch is not that of learn()
+        update()
         seconds = np.median([1.0 / rate(update, count, device) for _ in range(rounds)])
+        model._compiled = {}
         with FlopCounterMode(display=False) as counter:
             model.train(1, batch_size)
         operations = counter.get_total_flops()
@@ -309,12 +302,12 @@ def measure_growth(rounds: int, device: str) -> pd.DataFrame:
     return table
 
 
-def measure_products(device: str) -> float:
-    """Floating-point operations per second of a matrix product of the size that updates have."""
-    a, b = th.rand(5 * BATCH_SIZE, 256, device=device), th.rand(256, 256, device=device)
-    count = 200
+def measure_products(device: str, dtype: th.dtype) -> float:
+    """Floating-point operations per second of a batched matrix product of the size that updates have."""
+    a, b = th.rand(4, 5 * BATCH_SIZE, 256, device=device, dtype=dtype), th.rand(4, 256, 256, device=device, dtype=dtype)
+    count = 50
     rates = [rate(lambda: [a @ b for _ in range(count)], count, device) for _ in range(7)]
-    return float(np.median(rates)) * 2 * a.shape[0] * 256 * 256
+    return float(np.median(rates)) * 2 * a.numel() * 256
 
 
 def describe_machine(device: str, rounds: int) -> pd.DataFrame:
@@ -333,7 +326,9 @@ def describe_machine(device: str, rounds: int) -> pd.DataFrame:
         "device": th.cuda.get_device_name() if device == "cuda" else "cpu",
         "PyTorch": th.__version__,
         "Python": platform.python_version(),
-        "GFLOP/s of a (1280, 256) x (256, 256) product": round(measure_products(device) / 1e9),
+        "AMX": th.cpu._is_amx_tile_supported(),
+        "GFLOP/s of the critics' products in float32": round(measure_products(device, th.float32) / 1e9),
+        "GFLOP/s of the critics' products in bfloat16": round(measure_products(device, th.bfloat16) / 1e9),
         "load of the machine before": os.getloadavg()[0],
         "rounds": rounds,
     }
@@ -343,26 +338,42 @@ def describe_machine(device: str, rounds: int) -> pd.DataFrame:
 PARTS: dict[str, Callable[[int, str], pd.DataFrame]] = {
     "updates": measure_updates,
     "predictions": measure_predictions,
-    "learning": measure_learning,
     "growth": measure_growth,
+    "learning": measure_learning,
 }
+
+
+def read_tables(results: Path) -> dict[str, str]:
+    """
+    :param results: Folder with a folder for each device and number of threads.
+    :return: Markdown tables of everything in it, by ``<folder>, <part>``.
+    """
+    tables = {}
+    for file in sorted(results.glob("*/*.csv")):
+        content = pd.read_csv(file)
+        rows = [
+            "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |"
+            for row in content.itertuples(index=False)
+        ]
+        tables[f"{file.parent.name}, {file.stem}"] = markdown_table(f"| {' | '.join(content.columns)} |", rows)
+    return tables
 
 
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="What to measure")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=["updates", "predictions", "growth"])
     parser.add_argument("--rounds", type=int, default=9, help="Number of alternating rounds")
-    parser.add_argument("--threads", type=int, default=None, help="Threads of PyTorch (its own choice by default)")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of PyTorch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed")
     parser.add_argument("--models", nargs="+", help="Measure updates of these rows only, and of SAC")
     parser.add_argument("--trained", nargs="+", type=Path, default=[], help="Measure updates of these saved models instead")
     parser.add_argument("--task", default="Safexp-PointButton1-v0", help="What the models of --trained were trained in")
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables are replaced by those of --out at the end")
     args = parser.parse_args()
-    if args.threads:
-        th.set_num_threads(args.threads)
-    out = args.out / f"{args.device}-{th.get_num_threads()}threads"
+    th.set_num_threads(args.threads)
+    out = args.out / f"{args.device}-{args.threads}thread{'s' if args.threads > 1 else ''}"
     out.mkdir(parents=True, exist_ok=True)
     parts = {part: partial(PARTS[part], args.rounds, args.device) for part in args.parts}
     if args.models:
@@ -372,10 +383,12 @@ def main() -> None:
     for part, measure in parts.items():
         # Anew for each part, because the machine may be a shared one
         machine = describe_machine(args.device, args.rounds)
-        table = measure()
-        for name, content in ((f"{part}-machine", machine), (part, table)):
+        result = measure()
+        for name, content in ((f"{part}-machine", machine), (part, result)):
             content.to_csv(out / f"{name}.csv", float_format="%.4g")
             print(f"\n{name}\n{content.to_string(float_format='{:.3g}'.format)}", flush=True)
+    if args.page:
+        fill_page(args.page, read_tables(args.out))
 
 
 if __name__ == "__main__":
