@@ -8,7 +8,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_algd.common.critics import BoundCritic, EnsembleCritic
-from sb3_algd.common.fused import FusedCritic, activate, add_narrow_product, narrow_linear
+from sb3_algd.common.fused import FusedCritic, activate
 
 
 def make_critic(
@@ -63,13 +63,3 @@ def test_a_hidden_layer_has_the_gradient_of_the_eager_one(layer_norm: bool, acti
     found, expected = (th.autograd.grad(output, hidden, gradient)[0] for output in outputs)
     th.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
     th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("width", [2, 4, 5])
-def test_narrow_products_are_products(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, inputs, weight, bias = th.randn(10, 6), th.randn(10, width), th.randn(width, 6), th.randn(width)
-    expected = [base + inputs @ weight, base @ weight.t() + bias]
-    for compiling in (False, True):
-        monkeypatch.setattr(th.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        found = [add_narrow_product(base, inputs, weight), narrow_linear(base, weight, bias)]
-        th.testing.assert_close(found, expected)

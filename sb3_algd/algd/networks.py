@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 
-from sb3_algd.common.fused import add_narrow_product, narrow_linear
-
 # Width of the learned embedding of the denoising step
 STEP_EMBEDDING_DIM = 16
 
@@ -52,9 +50,9 @@ class BoundDenoiser:
     def _output(self, action: th.Tensor, step: int | th.Tensor) -> th.Tensor:
         several = isinstance(step, th.Tensor)
         base = self._from_state + self._from_step[step] if several else self._from_state_and_steps[step]
-        hidden = add_narrow_product(base, action, self._action_weight)
+        hidden = th.addmm(base, action, self._action_weight)
         for activation, weight, bias in self._tail:
-            hidden = narrow_linear(activation(hidden), weight, bias)
+            hidden = F.linear(activation(hidden), weight, bias)
         # Single precision also under autocast
         return hidden.float()
 

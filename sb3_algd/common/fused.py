@@ -1,5 +1,5 @@
 """
-The arithmetic of the networks in the form that inductor makes fast code of, for compiled updates.
+The arithmetic of the critics in the form that inductor makes fast code of, for compiled updates.
 
 Each hidden layer of the critics becomes one loop between two matrix products, in which a row stays in the processor's nearest
 cache. The eager form in :mod:`sb3_algd.common.critics` is the reference.
@@ -13,7 +13,7 @@ from torch import nn
 
 #: What ``torch.nn.functional.layer_norm`` adds to the variance
 EPSILON = 1e-5
-#: Up to this width, a matrix product takes longer than the same in the loop of the layer beside it
+#: Actions of up to so many dimensions are multiplied in the loop of the first layer, instead of by a product of its own
 NARROW = 4
 
 
@@ -102,30 +102,6 @@ def activate(hidden: th.Tensor, activation: nn.Module, normalise: bool) -> th.Te
     :return: What the next layer gets.
     """
     return _Activate.apply(hidden, activation, normalise)  # type: ignore[no-untyped-call]
-
-
-def add_narrow_product(base: th.Tensor, inputs: th.Tensor, weight: th.Tensor) -> th.Tensor:
-    """
-    :param base: Shape (rows, width).
-    :param inputs: Shape (rows, few).
-    :param weight: Shape (few, width).
-    :return: ``base + inputs @ weight``
-    """
-    if len(weight) > NARROW or not th.compiler.is_compiling():
-        return th.addmm(base, inputs, weight)
-    return sum((inputs[:, i, None] * weight[i] for i in range(len(weight))), base)
-
-
-def narrow_linear(inputs: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """
-    :param inputs: Shape (rows, width).
-    :param weight: Shape (few, width).
-    :param bias: Shape (few,).
-    :return: ``inputs @ weight.T + bias``
-    """
-    if len(weight) > NARROW or not th.compiler.is_compiling():
-        return nn.functional.linear(inputs, weight, bias)
-    return th.stack([(inputs * row).sum(dim=1) for row in weight], dim=1) + bias
 
 
 class FusedCritic:
