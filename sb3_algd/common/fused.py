@@ -68,8 +68,8 @@ def hidden_layer(hidden: th.Tensor, activation: nn.Module, normalise: bool, dtyp
         output = normal * sigmoid
         slope = sigmoid + output * (1.0 - sigmoid)
     else:
-        output, pull_back = th.func.vjp(activation, normal)
-        (slope,) = pull_back(th.ones_like(normal))
+        output, pull_back = th.func.vjp(activation, normal)[:2]
+        slope = pull_back(th.ones_like(normal))[0]
     # An exponential is dear, memory less so
     return Hidden(output.to(dtype), in_memory(slope.to(dtype)), normal, scale)
 
@@ -87,7 +87,7 @@ class _Activate(th.autograd.Function):
         return layer.output
 
     @staticmethod
-    def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None, None]:
         """:return: Gradient with respect to what the layer was given."""
         slope, normal, *scale = ctx.saved_tensors
         layer = Hidden(normal, slope, normal, scale[0] if scale else None)
@@ -101,7 +101,7 @@ def activate(hidden: th.Tensor, activation: nn.Module, normalise: bool) -> th.Te
     :param normalise: Whether there is a layer normalisation before it.
     :return: What the next layer gets.
     """
-    return _Activate.apply(hidden, activation, normalise)  # type: ignore[no-untyped-call]
+    return _Activate.apply(hidden, activation, normalise)
 
 
 class FusedCritic:
