@@ -68,7 +68,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "score_coef": 1.0,
         "score_kwargs": {"pairing": "before"},
         # It follows the multiplier faster than the mean of ten episodes does: with larger steps its cost swings
-        "multiplier_kwargs": {"learning_rate": 0.08},
+        "multiplier_kwargs": {"learning_rate": 0.08, "confidence": 0.5},
         # Without guidance only the push along the score moves samples: it has to take them all the way, 10 * 0.2
         "policy_kwargs": {
             "diffusion": "ddpm",

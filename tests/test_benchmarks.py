@@ -136,9 +136,9 @@ def test_the_sacs_with_a_constraint_differ_in_the_penalty_only() -> None:
         model_class, policy, kwargs = settings.ALGORITHMS[name]
         assert model_class is SACLag
         models[name] = SACLag(policy, "TwoModes-v0", device="cpu", **kwargs)
-    assert [model.rho for model in models.values()] == [1, 0]
+    assert [model.penalty for model in models.values()] == ["pointwise", "expectation"]
     # As ALGD's default, with which they are compared
-    assert ALGD("MlpPolicy", "TwoModes-v0", device="cpu").rho == 1
+    assert ALGD("MlpPolicy", "TwoModes-v0", device="cpu").penalty == "expectation"
 
 
 # --- committed results --------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_several_constraints_are_stored_and_logged_each(tmp_path: Path) -> None:
 
 def test_costs_are_in_the_unit_of_the_limit(tmp_path: Path) -> None:
     # The cost is paid at the second step, so one factor of discount
-    model = make_model(cost_limit=10.0, cost_limit_discounted=True, cost_gamma=0.5)
+    model = make_model(cost_limit=10.0, cost_limit_discounted=True, cost_limit_gamma=0.5)
     callback = evaluate([(1, 18)], model, log_path=str(tmp_path))
     with np.load(tmp_path / "evaluations.npz") as stored:
         np.testing.assert_array_equal(stored["costs"], [[9]])

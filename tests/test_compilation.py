@@ -12,7 +12,7 @@ from gymnasium import spaces
 import sb3_algd.common.compilation as compilation
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.compilation import CompiledMethod
-from tests.conftest import SMALL, Algorithm, CostlyEnv, make_env, make_model, make_model_of, same, weights
+from tests.conftest import PAPER, SMALL, Algorithm, CostlyEnv, make_env, make_model, make_model_of, same, weights
 
 
 class Halves(gym.ObservationWrapper):
@@ -52,16 +52,17 @@ def run(model: Any, critic: Any, actor: Any, batch: Any) -> tuple[list[th.Tensor
     th.manual_seed(7)
     critic_loss, cost_critic_loss, risk = critic(batch)
     (critic_loss + cost_critic_loss).backward()
-    loss, metrics, policy_risk = actor(batch.observations)
+    loss, metrics, policy_risk, moments = actor(batch.observations)
     loss.backward()
-    return [critic_loss, cost_critic_loss, risk, loss, *metrics.values(), policy_risk], gradients(model)
+    return [critic_loss, cost_critic_loss, risk, loss, *metrics.values(), policy_risk, moments], gradients(model)
 
 
 CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
-    "ve": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], layer_norm=True, denoising_steps=3))),
+    "ve": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], denoising_steps=3))),
+    "pointwise": (ALGD, dict(policy_kwargs=dict(net_arch=[16, 16], layer_norm=False), penalty="pointwise")),
     "ddpm, three constraints": (
         ALGD,
-        dict(policy_kwargs=dict(net_arch=[16, 16], diffusion="ddpm", denoising_steps=3), cost_limit=[5.0] * 3),
+        dict(policy_kwargs=dict(net_arch=[16, 16], diffusion="ddpm", denoising_steps=3), cost_limit=[5.0] * 3, **PAPER),
     ),
     "n-step": (ALGD, dict(policy_kwargs=dict(net_arch=[16], denoising_steps=2), n_steps=3)),
     "dict": (ALGD, dict(policy="MultiInputPolicy", policy_kwargs=dict(net_arch=[16], denoising_steps=2))),

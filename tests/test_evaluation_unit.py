@@ -131,7 +131,7 @@ def test_the_number_of_costs_is_told_by_the_first_step_that_has_some() -> None:
     costs = evaluate_policy(ActionRecorder(), env, 3, return_episode_rewards=True)[2]
     np.testing.assert_allclose(costs, [[6.0, 18.0]] * 3)
     counter = CostCounter("cost", 1.0, None)
-    locals_: dict[str, Any] = {"i": 0, "n_envs": 1, "is_monitor_wrapped": False}
+    locals_: dict[str, Any] = {"i": 0, "n_envs": 1, "is_monitor_wrapped": False, "actions": np.zeros((1, 1))}
     for info, done in (({}, True), ({}, False), ({"cost": [1.0, 2.0]}, True)):
         counter({**locals_, "info": info, "done": done}, {})
     np.testing.assert_allclose(counter.episode_costs, [[0.0, 0.0], [1.0, 2.0]])

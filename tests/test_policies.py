@@ -34,7 +34,7 @@ def member(critic: EnsembleCritic, index: int, inputs: th.Tensor) -> th.Tensor:
 
 @pytest.mark.parametrize("net_arch", [[], [8], [16, 8]])
 def test_stacked_critics_equal_single_networks(net_arch: list[int]) -> None:
-    policy = make_policy(net_arch=net_arch, n_constraints=3, n_cost_critics=4)
+    policy = make_policy(net_arch=net_arch, n_constraints=3, n_cost_critics=4, layer_norm=False)
     obs, actions = th.randn(7, 5), th.randn(7, 2)
     for critic, n_members, n_outputs in ((policy.critic, 2, 1), (policy.cost_critic, 4, 3)):
         values = critic(obs, actions)

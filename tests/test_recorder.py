@@ -98,7 +98,7 @@ def test_training_cost_is_that_of_the_episodes_since_the_row_before(tmp_path: Pa
 
 
 def test_costs_are_in_the_unit_of_the_limit(tmp_path: Path) -> None:
-    model = make_model(cost_limit_discounted=True, cost_gamma=0.5)
+    model = make_model(cost_limit_discounted=True, cost_limit_gamma=0.5)
     discounted = 1 + 2 / 2 + 3 / 4 + 4 / 8 + 5 / 16
     for row in record(model, tmp_path / "curve.csv", 10):
         assert float(row["cost_mean"]) == discounted

@@ -43,7 +43,7 @@ def test_mode_shares() -> None:
     assert TwoModesEnv().mode_shares(targets, actions) == (0.25, 0.5)
 
 
-@pytest.mark.parametrize(("algorithm", "steps"), [("algd-ve", 1000), ("algd-ddpm", 700)])
+@pytest.mark.parametrize(("algorithm", "steps"), [("algd-ve", 2500), ("algd-ddpm", 2000)])
 def test_learning(algorithm: str, steps: int, tmp_path: Path) -> None:
     arguments = ["--algorithms", algorithm, "--seeds", "0", "--out", str(tmp_path)]
     toy.main([*arguments, "--steps", str(steps), "--eval-every", str(steps), "--episodes", "10"])
