@@ -50,6 +50,8 @@ STATISTICS = (
     "| cost of a training episode | cost of the whole training |"
 )
 STANDING = "| task | limit | algd-ve | algd-ddpm | best other with the constraint | best without it |"
+#: Tasks that have another table of where ALGD stands
+OWN_TABLE = ("TwoModes-v0",)
 #: What ALGD is compared with in its last two columns
 OTHERS = (("algd-ve-plain", "sac-augmented", "sac-lagrangian"), ("sac", "tqc"))
 CALIBRATION = (
@@ -337,8 +339,8 @@ def main(arguments: list[str] | None = None) -> None:
         tables |= make_tables(task, algorithms, settings[task])
     rows = []
     for task, algorithms in found.items():
-        others = [name for group in OTHERS for name in group if name in algorithms]
-        limit = settings[task][others[0]]["cost_limit"] if others else None
+        known = [name for name in ALGORITHMS if name in algorithms]
+        limit = settings[task][known[0]]["cost_limit"] if known and task not in OWN_TABLE else None
         if limit is not None:
             rows.append(standing_row(task, algorithms, limit))
     if rows:

@@ -291,7 +291,7 @@ def report(model: CostAwareAlgorithm, env_id: str, seed: int, best: Path) -> Non
     """
     models: dict[str, tuple[Any, tuple[bool, ...]]] = {"Last model": (model, (False, True))}
     if best.is_file():
-        models["Best feasible model"] = (type(model).load(best, buffer_size=1), (False,))
+        models["Best feasible model"] = (type(model).load(best, device=model.device, buffer_size=1), (False,))
     print()
     for name, (candidate, kinds) in models.items():
         for deterministic in kinds:
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot_learning_curves({described: [curve]}, folder / "learning_curve.png", title, limit, bool(model.cost_limit_discounted))
     report(model, args.env, args.seed, folder / BEST)
     print(
-        f"\nAll in {(time.monotonic() - started) / 60:.1f} minutes. Left in {folder}: model.zip, best_model.zip,"
+        f"\nAll in {(time.monotonic() - started) / 60:.1f} minutes. Left in {folder}: model.zip, {BEST} (if there is one),"
         " learning_curve.csv and .png"
     )
 

@@ -112,7 +112,7 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
         # One for all, or one per constraint
         **{**PAPER, "rho": 0.5 if n_costs == 1 else [0.5, 1.0, 0.2]},
     )
-    model._acts.fill_(1.0)
+    model.units.acts.fill_(1.0)
     obs = th.randn(32, 3)
     with th.no_grad():
         for weight in model.cost_critic.weights:

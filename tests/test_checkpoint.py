@@ -97,7 +97,7 @@ def assert_same_training(whole: ConstrainedOffPolicyAlgorithm, resumed: Constrai
     assert resumed._episode_num == whole._episode_num
     # The controller and the energy's units among them
     assert same(weights(whole), weights(resumed))
-    assert whole._constraint_acts and resumed._constraint_acts and whole._acts.item() == resumed._acts.item() == 1.0
+    assert whole._constraint_acts and resumed._constraint_acts and whole.units.acts.item() == resumed.units.acts.item() == 1.0
     scales = whole._return_scale, resumed._return_scale
     assert scales[0] is not None and scales[1] is not None
     for name, value in vars(scales[0]).items():
@@ -183,7 +183,7 @@ if kill_at_write:
         fsync(file)
 
     os.fsync = killing
-# Neither the start of the constraint nor compilation may depend on how long the killed training was meant to be
+# Neither the constraint's start nor compilation may depend on how long the killed training was meant to be
 make_model(make_one_env(), constraint_start=0.0, compile=False).learn(10_000, [Slow(), ResumableCheckpointCallback(save_freq, folder)])
 """
 

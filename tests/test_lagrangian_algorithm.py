@@ -55,13 +55,13 @@ def test_the_constraint_starts_at_its_share_of_the_training_and_does_not_stop(tm
     model.learn(40, callback=watch)
     # A callback sees a step before it is stored
     assert watch.acts == [False] * 20 + [True] * 20
-    assert model._acts.item() == 1.0
+    assert model.units.acts.item() == 1.0
     again = Watch()
     model.learn(40, callback=again)
     assert all(again.acts)
     model.save(tmp_path / "model")
     loaded = ALGD.load(tmp_path / "model", make_env())
-    assert loaded._constraint_acts and loaded._acts.item() == 1.0
+    assert loaded._constraint_acts and loaded.units.acts.item() == 1.0
 
 
 def test_a_start_that_was_not_reached_counts_in_the_next_training(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_start_that_was_not_reached_counts_in_the_next_training(tmp_path: Path
     assert not model._constraint_acts
     model.save(tmp_path / "model")
     loaded, watch = ALGD.load(tmp_path / "model", make_env()), Watch()
-    assert loaded._acts.item() == 0.0
+    assert loaded.units.acts.item() == 0.0
     # 10 steps and 30 more: the half of them is step 20
     loaded.learn(30, callback=watch, reset_num_timesteps=False)
     assert watch.acts == [False] * 10 + [True] * 20

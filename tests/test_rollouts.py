@@ -80,12 +80,12 @@ def test_the_limit_that_the_environment_declares_is_taken(capsys: pytest.Capture
 def test_a_declared_discounted_limit() -> None:
     env = make_env()
     env.unwrapped.cost_limit, env.unwrapped.cost_limit_discounted = 7.0, True  # type: ignore[attr-defined]
-    model = make_model(env, cost_limit=None)
+    model = make_model(env, cost_limit=None, cost_gamma=0.99)
     assert model.cost_limit_discounted and model.cost_budget.tolist() == [7.0]
     assert make_model(env, cost_limit=None, cost_limit_discounted=False).cost_limit_discounted is False
     # A limit that the user gives is in the declared unit unless said otherwise
     with pytest.warns(UserWarning, match="taken for a discounted sum"):
-        model = make_model(env, cost_limit=6.0)
+        model = make_model(env, cost_limit=6.0, cost_gamma=0.99)
     assert model.cost_limit_discounted and model.cost_budget.tolist() == [6.0]
     assert not make_model(env, cost_limit=7.0, cost_limit_discounted=False).cost_limit_discounted
 

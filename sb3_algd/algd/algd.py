@@ -75,10 +75,11 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         ``"pointwise"``, a coefficient that grows with the risk of the single action
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
         ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
-        the limit. With ``"pointwise"`` it is the paper's rho (1 there), per unit of the energy, see ``normalize``
+        the limit (nothing where ``multiplier_signal`` is ``"buffer"``). With ``"pointwise"`` it is the paper's rho (1 there),
+        per unit of the energy, see ``normalize``
     :param constraint_start: Share of the training, from 0 to 1, after which the constraint begins to act; until then the
-        policy learns without it. Once it acts it goes on to, also in a later ``learn()``. 0 for those who must never train
-        without the limit (the paper's)
+        policy learns without it. Once it acts it goes on to, also in a later ``learn()``. With 0 (the paper's) the
+        multiplier moves from the first episode on; ``init_value`` in ``multiplier_kwargs`` gives pressure before that
     :param multiplier_kwargs: Arguments of what ``multiplier_signal`` names. For ``"episodes"``,
         :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per finished episode and
         relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For

@@ -350,12 +350,14 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         else:
             _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
         # Version 0.1.0 had no units, and always an optimizer of the multiplier
-        parameters = {"units": self.units.state_dict(), **parameters}
+        parameters = {"units": {**self.units.state_dict(), "acts": th.ones(())}, **parameters}
         if self.__dict__.pop("_saved_space", "log") == "projected":
             parameters["lagrange_multiplier"]["in_log_space"] = th.tensor(0.0)
         if isinstance(self.lagrange_multiplier, EpisodeController):
             parameters.pop("lagrange_multiplier.optimizer", None)
         super().set_parameters(parameters, exact_match, device)
+        self._constraint_acts = bool(self.units.acts)
+        self._critics_loaded = True
         # A divergence must not undo what was loaded
         self._weights_backup = WeightsBackup()
 

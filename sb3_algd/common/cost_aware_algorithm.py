@@ -363,9 +363,12 @@ class CostAwareAlgorithm(CheckedAlgorithm):
         # Given as 1e6 more often than not
         name = tb_log_name or type(self).__name__
         super().learn(int(total_timesteps), callback, log_interval, name, reset_num_timesteps, progress_bar)
+        self._after_training()
+        return self
+
+    def _after_training(self) -> None:
         if self._cost_tracker is not None and self._cost_tracker.total_steps > 0:
             self._warn_no_cost()
-        return self
 
     def dump_logs(self) -> None:
         """

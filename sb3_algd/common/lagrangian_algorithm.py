@@ -67,6 +67,8 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         #: Whether the constraint has started to act; it does not stop again
         self._constraint_acts = False
         self._return_scale: ReturnScale | None = None
+        #: Whether the critics, their units with them, come from a file
+        self._critics_loaded = False
         #: For the warning that the cost critics are fooled
         self._multiplier_before: np.ndarray | float = np.inf
         self._n_fooled = 0
@@ -85,6 +87,7 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
             # The saved multipliers take its place
             kwargs["init_value"] = min(1.0, kwargs.get("max_value", 1.0))
         self.units = EnergyUnits(self.n_constraints).to(self.device)
+        self.units.acts.fill_(float(self._constraint_acts))
         multiplier: EpisodeController | LagrangeMultiplier
         if self.multiplier_signal == "episodes":
             multiplier = EpisodeController(self.n_constraints, **kwargs)
@@ -100,14 +103,13 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         self._rho = th.as_tensor(rho * (self.penalty == "pointwise"), dtype=th.float32, device=self.device)
         self._proportional = rho * (self.penalty == "expectation")
         self._budget = th.as_tensor(self.cost_budget, dtype=th.float32, device=self.device)
-        self._acts = th.full((), float(self._constraint_acts), device=self.device)
 
     def _energy_terms(self, moments: th.Tensor) -> EnergyTerms:
         """
         :param moments: See :meth:`~sb3_algd.common.units.EnergyUnits.measure`
         :return: All that makes an energy of what the critics say
         """
-        multiplier, rho = self._acts * self.lagrange_multiplier.value, self._acts * self._rho
+        multiplier, rho = self.units.acts * self.lagrange_multiplier.value, self.units.acts * self._rho
         budget = self._budget / self.units.returns[1:]
         if not self.normalize:
             ones = th.ones_like(self.units.returns)
@@ -117,16 +119,21 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
 
     def _set_return_units(self) -> None:
         """Take over the scale of returns as measured so far. What the critics say stays the same."""
-        if not self.normalize or self._return_scale is None:
+        if self._return_scale is None or not (self.normalize or self._critics_loaded):
             return
-        new = th.as_tensor(self._return_scale.value, dtype=th.float32, device=self.device)
+        # A model may be loaded with normalize=False
+        scale = self._return_scale.value if self.normalize else np.ones(1 + self.n_constraints)
+        new = th.as_tensor(scale, dtype=th.float32, device=self.device)
         factor = self.units.returns / new
-        # Before the first update the critics have learned nothing yet
-        if self._n_updates > 0:
-            for ensemble, ratio in ((self.critic, factor[:1]), (self.cost_critic, factor[1:])):
-                ensemble.rescale(ratio)
-            for ensemble, ratio in ((self.critic_target, factor[:1]), (self.cost_critic_target, factor[1:])):
-                ensemble.rescale(ratio)
+        # Before the first update the critics have learned nothing yet, unless they come from a file
+        if self._n_updates > 0 or self._critics_loaded:
+            for ensembles, ratio in (
+                ((self.critic, self.critic_target), factor[:1]),
+                ((self.cost_critic, self.cost_critic_target), factor[1:]),
+            ):
+                for ensemble in ensembles:
+                    ensemble.rescale(ratio)
+            self.units.moments[1:].mul_(factor.square())
         self.units.returns.copy_(new)
 
     def _setup_learn(
@@ -161,7 +168,7 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         # The progress that SB3 keeps is that of the step before, and at first that of the training before
         if not self._constraint_acts and self.num_timesteps >= self.constraint_start * self._total_timesteps:
             self._constraint_acts = True
-            self._acts.fill_(1.0)
+            self.units.acts.fill_(1.0)
         controller = self.lagrange_multiplier
         if self._constraint_acts and isinstance(controller, EpisodeController):
             self._warn_no_episode()
@@ -179,6 +186,15 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
             f"(multiplier_signal='episodes'; the horizon is {self.episode_length} steps). Wrap the environment in a "
             "gymnasium.wrappers.TimeLimit, or call learn() with reset_num_timesteps=False."
         )
+
+    def _after_training(self) -> None:
+        super()._after_training()
+        if not self._constraint_acts and self.num_timesteps > 0:
+            warn_user(
+                f"Training ended at step {self.num_timesteps}, before the constraint began to act (constraint_start="
+                f"{self.constraint_start:g} of {self._total_timesteps} steps): the policy has not learned to keep its limit. "
+                "Train for longer, or give a lower constraint_start."
+            )
 
     def dump_logs(self) -> None:
         """
@@ -211,7 +227,7 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["lagrange_multiplier", "units", "_acts", "_rho", "_budget", "_proportional"]
+        own = ["lagrange_multiplier", "units", "_rho", "_budget", "_proportional"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

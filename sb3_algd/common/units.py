@@ -6,6 +6,8 @@ from torch import nn
 
 #: Weight of the newest measurement of the slopes once there are many: a mean over about 200 updates
 SLOPE_WEIGHT = 0.005
+#: Least slope of value and risk per unit of action, in units of returns
+MIN_SLOPE = 1e-3
 # A variance below this is no variance
 TINY = 1e-16
 
@@ -62,6 +64,7 @@ class EnergyUnits(nn.Module):
     moments: th.Tensor
     moment_weight: th.Tensor
     n_measured: th.Tensor
+    acts: th.Tensor
 
     def __init__(self, n_constraints: int) -> None:
         super().__init__()
@@ -71,6 +74,8 @@ class EnergyUnits(nn.Module):
         self.register_buffer("moments", th.ones(2 + n_constraints))
         self.register_buffer("moment_weight", th.ones(()))
         self.register_buffer("n_measured", th.zeros((), dtype=th.int64))
+        #: 1 where the constraint acts, 0 before it has started
+        self.register_buffer("acts", th.zeros(()))
 
     def measure(self, actions: th.Tensor, values: th.Tensor, risk: th.Tensor) -> th.Tensor:
         """
@@ -85,7 +90,8 @@ class EnergyUnits(nn.Module):
     @staticmethod
     def slopes(moments: th.Tensor) -> th.Tensor:
         """:param moments: Shape (2 + n_c,). :return: Slopes of value and of each risk per unit of action, shape (1 + n_c,)."""
-        return (moments[1:].clamp_min(TINY) / moments[0].clamp_min(TINY)).sqrt()
+        # The critics' own noise is no slope: values of 1 per return have steeper ones as soon as there is a reward
+        return (moments[1:] / moments[0].clamp_min(TINY)).clamp_min(MIN_SLOPE**2).sqrt()
 
     @th.no_grad()
     def keep(self, moments: th.Tensor) -> None:

@@ -72,10 +72,11 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         ``"pointwise"``, a coefficient that grows with the risk of the single action
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
         ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
-        the limit. With ``"pointwise"`` it is the paper's rho (1 there), per unit of the energy, see ``normalize``
+        the limit (nothing where ``multiplier_signal`` is ``"buffer"``). With ``"pointwise"`` it is the paper's rho (1 there),
+        per unit of the energy, see ``normalize``
     :param constraint_start: Share of the training, from 0 to 1, after which the constraint begins to act; until then the
-        policy learns without it. Once it acts it goes on to, also in a later ``learn()``. 0 for those who must never train
-        without the limit (the paper's)
+        policy learns without it. Once it acts it goes on to, also in a later ``learn()``. With 0 (the paper's) the
+        multiplier moves from the first episode on; ``init_value`` in ``multiplier_kwargs`` gives pressure before that
     :param multiplier_kwargs: Arguments of what ``multiplier_signal`` names. For ``"episodes"``,
         :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per finished episode and
         relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For
@@ -254,8 +255,9 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     def _next_actions(self, next_observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         actions, log_prob = self.actor.action_log_prob(next_observations)
         # The entropy is part of the reward
-        slope = self.units.slopes(self.units.moments)[0] if self.normalize else 1.0
-        return actions, -self._current_ent_coef() * slope * log_prob.unsqueeze(1)
+        # In the unit of the critics, as the actor weighs it against them
+        terms = self._energy_terms(self.units.moments)
+        return actions, -self._current_ent_coef() * terms.slopes[0] / terms.weight * log_prob.unsqueeze(1)
 
     def _actor_loss(self, observations: PyTorchObs) -> tuple[th.Tensor, dict[str, th.Tensor], th.Tensor, th.Tensor]:
         actions, log_prob = self.actor.action_log_prob(observations)
