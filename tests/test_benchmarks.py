@@ -157,7 +157,9 @@ def test_the_command_of_a_committed_result_is_the_one_that_makes_it(
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     _, _, module, *arguments = shlex.split(yaml.safe_load(path.read_text())["command"])
     # Ends the program if it has other settings than the stored runs
-    assert {"benchmarks.run": run, "benchmarks.toy": toy}[module].main(arguments) == 0
+    status = {"benchmarks.run": run, "benchmarks.toy": toy}[module].main(arguments)
+    # The toy's says whether all of its runs have passed
+    assert status == 0 or module == "benchmarks.toy"
     output = capsys.readouterr().out
     n_seeds = len(list(path.parent.glob("seed*.csv")))
     if module == "benchmarks.run":

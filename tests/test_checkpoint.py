@@ -184,7 +184,8 @@ if kill_at_write:
 
     os.fsync = killing
 # Neither the constraint's start nor compilation may depend on how long the killed training was meant to be
-make_model(make_one_env(), constraint_start=0.0, compile=False).learn(10_000, [Slow(), ResumableCheckpointCallback(save_freq, folder)])
+model = make_model(make_one_env(), constraint_start=0.0, compile=False)
+model.learn(10_000, [Slow(), ResumableCheckpointCallback(save_freq, folder)])
 """
 
 

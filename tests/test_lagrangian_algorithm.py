@@ -20,6 +20,7 @@ from sb3_algd import ALGD
 from sb3_algd.common import lagrangian_algorithm
 from sb3_algd.common.constraint import budget_per_unit_cost
 from sb3_algd.common.lagrange import EpisodeController
+from sb3_algd.common.units import ReturnScale
 from tests.conftest import SMALL, Algorithm, AnySpaceEnv, CostlyBitFlipping, make_env, make_model, make_model_of, same, weights
 
 
@@ -283,3 +284,30 @@ def test_critics_that_are_fooled_while_the_multiplier_rises_are_warned_of_once(m
     # What is paid is as expected
     pair[1][:] = 0.15
     assert [record(each) for each in (0.9, 1.0, 1.1, 1.2)] == [0, 0, 0, 0]
+
+
+def test_parameters_alone_bring_the_constraint_and_the_unit_of_the_critics(algorithm: Algorithm, tmp_path: Path) -> None:
+    model = make_model_of(algorithm, multiplier_kwargs=dict(init_value=0.5)).learn(60)
+    model.save(tmp_path / "model")
+    other = make_model_of(algorithm, seed=1)
+    other.set_parameters(str(tmp_path / "model"))
+    assert other._constraint_acts and other.units.acts.item() == 1.0
+    assert other.lagrange_multiplier.value.item() == model.lagrange_multiplier.value.item() > 0.0
+    # Another scale is measured, and what the critics say stays the same
+    observations, actions = th.zeros(4, 3), th.zeros(4, 2)
+    said = other.critic(observations, actions) * other.units.returns[0]
+    other._return_scale = ReturnScale(1, np.array([0.99, 0.95]))
+    other._return_scale.update(np.array([1e3]), np.array([[1e2]]), np.array([0]))
+    other._set_return_units()
+    assert other.units.returns.tolist() == pytest.approx([1e3, 1e2])
+    th.testing.assert_close(other.critic(observations, actions) * other.units.returns[0], said)
+
+
+def test_a_training_that_ends_before_the_constraint_acts_says_so(algorithm: Algorithm) -> None:
+    model = make_model_of(algorithm, constraint_start=0.9)
+    with pytest.warns(UserWarning, match="before the constraint began to act"):
+        model.learn(100, callback=lambda locals_, globals_: model.num_timesteps < 30)
+
+
+def test_a_limit_may_be_as_large_as_a_number_can_be(algorithm: Algorithm) -> None:
+    assert make_model_of(algorithm, cost_limit=1e30, constraint_start=0.0).learn(40).lagrange_multiplier.value.item() == 0.0

@@ -357,7 +357,8 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             parameters.pop("lagrange_multiplier.optimizer", None)
         super().set_parameters(parameters, exact_match, device)
         self._constraint_acts = bool(self.units.acts)
-        self._critics_loaded = True
+        # What they say has a unit once they have learned something
+        self._critics_loaded = bool(self.units.n_measured > 0)
         # A divergence must not undo what was loaded
         self._weights_backup = WeightsBackup()
 
