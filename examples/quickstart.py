@@ -11,7 +11,7 @@ def main(steps: int = 2000) -> None:
         # A small task with few episodes: small networks, little noise, a short horizon, a fast multiplier
         policy_kwargs=dict(net_arch=[64, 64], diffusion_kwargs=dict(sigma_max=0.2)),
         score_kwargs=dict(temperature=0.015, pairing="before"),
-        multiplier_kwargs=dict(learning_rate=0.3),
+        multiplier_kwargs=dict(learning_rate=0.15),
         learning_rate=3e-3,
         batch_size=64,
         gamma=0.5,
