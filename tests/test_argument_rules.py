@@ -35,7 +35,24 @@ ODD = st.one_of(
     st.integers(-3, 3),
     st.floats(),
     st.sampled_from(
-        [math.nan, math.inf, -1.0, 0.0, 1e30, 1e-300, "auto", "auto_0.1", "log", [], {}, (), object(), lambda _: -1.0]
+        [
+            math.nan,
+            math.inf,
+            -1.0,
+            0.0,
+            1e30,
+            1e-300,
+            "auto",
+            "auto_0.1",
+            "log",
+            [],
+            {},
+            (),
+            10**400,
+            [[1.0], [1.0, 2.0]],
+            object(),
+            lambda _: -1.0,
+        ]
     ),
     st.lists(st.floats(width=32), max_size=3),
     st.dictionaries(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sb3_algd.common import run_lock
+from sb3_algd.common import checkpoint_files, run_lock
 from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
 from sb3_algd.common.checkpoint_files import (
     MANIFEST,
@@ -251,3 +251,16 @@ def test_one_block_can_be_repaired(tmp_path: Path, size: int) -> None:
         assert not repair(path, size, digest)
         (tmp_path / f"buffer{PARITY}").unlink()
         assert not repair(path, size, digest)
+
+
+def test_an_error_after_the_manifest_was_replaced_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    callback = ResumableCheckpointCallback(20, tmp_path)
+    make_model(make_one_env()).learn(20, callback)
+    monkeypatch.setattr(checkpoint_files, "sync_folder", fails)
+    with pytest.raises(OSError, match="Could not store the checkpoint of step 40"):
+        make_model(make_one_env()).learn(40, ResumableCheckpointCallback(40, tmp_path))
+    monkeypatch.undo()
+    assert resume(tmp_path, make_one_env(), total_timesteps=40).num_timesteps == 40

@@ -226,3 +226,10 @@ def test_the_budget_is_the_one_that_was_saved() -> None:
     model = load("ve")
     factor = 1.0 if model.cost_limit_discounted else budget_per_unit_cost(model.episode_length, model.cost_gamma)
     assert model.cost_budget == pytest.approx(model.cost_limit * factor)
+
+
+@pytest.mark.parametrize("signal", ["episodes", "buffer"])
+def test_parameters_alone_keep_a_multiplier_that_is_no_logarithm(signal: Any) -> None:
+    model = ALGD("MlpPolicy", "TwoModes-v0", policy_kwargs=load("ve").policy_kwargs, multiplier_signal=signal, device="cpu")
+    model.set_parameters(str(DATA / "algd_0.1.0_ve.zip"))
+    assert float(model.lagrange_multiplier.value) == pytest.approx(MULTIPLIERS["ve"], rel=1e-6)

@@ -151,6 +151,7 @@ def test_set_parameters_runs_no_code_of_the_file(tmp_path: Path, algorithm: Algo
     if member == "data":
         fresh.set_parameters(str(tmp_path / "evil"), device="cpu")
         assert same(weights(fresh), weights(model))
+        assert not trace.exists()
         # The code is there: load() runs it, as SB3's does
         algorithm.load(tmp_path / "evil")
         assert trace.exists()

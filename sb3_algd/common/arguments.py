@@ -42,7 +42,13 @@ class Rule(NamedTuple):
 
 def is_number(value: Any) -> bool:
     """:param value: Anything. :return: Whether it is a finite number, and no truth value."""
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool_)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # A whole number may be larger than any that can be calculated with
+        return False
 
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
@@ -96,7 +102,7 @@ def keywords(**rules: Rule) -> Rule:
 
 def _is_per_constraint(value: Any) -> bool:
     if isinstance(value, (list, tuple, np.ndarray)):
-        return len(np.shape(value)) == 1 and len(value) > 0 and all(is_number(item) and item >= 0 for item in value)
+        return len(value) > 0 and all(is_number(item) and item >= 0 for item in value)
     return is_number(value) and value >= 0
 
 
@@ -104,7 +110,7 @@ def _is_schedule(value: Any) -> bool:
     if callable(value):
         try:
             value = value(1.0)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ArithmeticError):
             return False
     return is_number(value) and value >= 0
 

@@ -166,8 +166,10 @@ def replace_manifest(path: Path, manifest: dict[str, Any], written: list[Path]) 
     for name in (MANIFEST, MANIFEST_COPY):
         written.append(path / f"{name}.new")
         write_durably(written[-1], lambda file: file.write(content))
-    for name in (MANIFEST, MANIFEST_COPY):
-        os.replace(path / f"{name}.new", path / name)
+    os.replace(path / f"{MANIFEST}.new", path / MANIFEST)
+    # It counts from here on: nothing that it names may be removed, whatever fails now
+    written.clear()
+    os.replace(path / f"{MANIFEST_COPY}.new", path / MANIFEST_COPY)
     sync_folder(path)
 
 

@@ -19,7 +19,7 @@ from sb3_algd.common.critics import EnsembleCritic
 from sb3_algd.common.guards import WeightsBackup
 from sb3_algd.common.lagrange import EpisodeController, LagrangeMultiplier, estimate_risk, risk_slope
 from sb3_algd.common.lagrangian_algorithm import LagrangianAlgorithm
-from sb3_algd.common.legacy import adopt_saved
+from sb3_algd.common.legacy import adopt_saved, saved_space
 from sb3_algd.common.policies import ConstrainedPolicy
 
 
@@ -349,6 +349,7 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             parameters = load_path_or_dict
         else:
             _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+            self.__dict__.setdefault("_saved_space", saved_space(load_path_or_dict))
         # Version 0.1.0 had no units, and always an optimizer of the multiplier
         parameters = {"units": {**self.units.state_dict(), "acts": th.ones(())}, **parameters}
         if self.__dict__.pop("_saved_space", "log") == "projected":

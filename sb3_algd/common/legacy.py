@@ -1,8 +1,12 @@
 """Models that version 0.1.0 has saved: their arguments have other names today."""
 
+import json
+import zipfile
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
+
+from stable_baselines3.common.save_util import open_path
 
 from sb3_algd.common.episode_costs import RECENT_EPISODES, EpisodeCostTracker
 from sb3_algd.common.guards import warn_user
@@ -53,6 +57,17 @@ class DeclaredConstraint:
     """Takes the place of version 0.1.0's class of this name where a saved model holds one."""
 
     values: dict[str, list[Any]]
+
+
+def saved_space(path: Any) -> str:
+    """
+    Tell the space of a multiplier from the readable part of a file; nothing of the file is run.
+
+    :param path: Path of a model's file.
+    :return: ``"projected"`` or ``"log"``, which is also what files of today have.
+    """
+    with zipfile.ZipFile(open_path(path, "r", verbose=0, suffix="zip")) as archive:
+        return str(json.loads(archive.read("data")).get("multiplier_space", "log"))
 
 
 def adopt_saved(attributes: dict[str, Any]) -> None:
