@@ -111,7 +111,7 @@ class EnsembleCritic(BaseModel):
         :param features: Features of states, shape (batch, features_dim).
         :return: The ensemble for these states.
         """
-        if th.compiler.is_compiling() and len(self.weights) > 1:
+        if th.compiler.is_dynamo_compiling() and len(self.weights) > 1:
             return FusedCritic(list(self.weights), list(self.biases), self.activation, self.layer_norm, features)
         return BoundCritic(self, features)
 
@@ -136,7 +136,7 @@ class EnsembleCritic(BaseModel):
         :param hidden: What the layer before it gives, before the activation function, shape (E, rows, fan_in).
         :return: The same of this layer, shape (E, rows, fan_out).
         """
-        if th.compiler.is_compiling():
+        if th.compiler.is_dynamo_compiling():
             hidden = activate(hidden, self.activation, self.layer_norm)
         else:
             hidden = self.activation(F.layer_norm(hidden, hidden.shape[-1:]) if self.layer_norm else hidden)

@@ -102,11 +102,6 @@ class EnergyTerms(NamedTuple):
     slopes: th.Tensor
     weight: th.Tensor
 
-    @staticmethod
-    def _in_units(budget: th.Tensor) -> th.Tensor:
-        # A limit may be as large as a number can be, to leave a cost unconstrained
-        return budget.clamp_max(1e15)
-
     def energy(self, value: th.Tensor, risk: th.Tensor) -> th.Tensor:
         """
         :param value: Shape (...).
@@ -114,7 +109,7 @@ class EnergyTerms(NamedTuple):
         :return: Energy, shape (...).
         """
         unit, units = self.slopes[0], self.slopes[1:]
-        terms = self.multiplier, self._in_units(self.budget / units), self.rho
+        terms = self.multiplier, self.budget / units, self.rho
         return self.weight * augmented_lagrangian(value / unit, risk / units, *terms)
 
     def gradients(self, risk: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -123,7 +118,7 @@ class EnergyTerms(NamedTuple):
         :return: Gradients of the energy with respect to the value, a scalar, and to the risk, shape (..., n_c).
         """
         unit, units = self.slopes[0], self.slopes[1:]
-        slope = penalty_slope(risk / units, self.multiplier, self._in_units(self.budget / units), self.rho)
+        slope = penalty_slope(risk / units, self.multiplier, self.budget / units, self.rho)
         return -self.weight / unit, self.weight / units * slope
 
 

@@ -110,12 +110,15 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         :return: All that makes an energy of what the critics say
         """
         multiplier, rho = self.units.acts * self.lagrange_multiplier.value, self.units.acts * self._rho
-        budget = self._budget / self.units.returns[1:]
-        if not self.normalize:
-            ones = th.ones_like(self.units.returns)
-            return EnergyTerms(multiplier, budget, rho, ones, ones[0])
-        # A multiplier that pulls hard makes the reward's part small instead of the energy large
-        return EnergyTerms(multiplier, budget, rho, self.units.slopes(moments), 1.0 / (1.0 + multiplier.sum()))
+        if self.normalize:
+            # A multiplier that pulls hard makes the reward's part small instead of the energy large
+            slopes, weight = self.units.slopes(moments), 1.0 / (1.0 + multiplier.sum())
+        else:
+            slopes = th.ones_like(self.units.returns)
+            weight = slopes[0]
+        # A limit may be as large as a number can be, to leave a cost unconstrained
+        budget = th.minimum(self._budget / self.units.returns[1:], 1e15 * slopes[1:])
+        return EnergyTerms(multiplier, budget, rho, slopes, weight)
 
     def _set_return_units(self) -> None:
         """Take over the scale of returns as measured so far. What the critics say stays the same."""
