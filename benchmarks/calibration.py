@@ -26,6 +26,7 @@ import yaml
 
 from benchmarks.settings import ALGORITHMS, RESULTS
 from sb3_algd import evaluate_policy
+from sb3_algd.common.calibration import paid_costs
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.constraint import declared_by_env
 from sb3_algd.common.episode_costs import read_costs
@@ -84,9 +85,8 @@ def discounted(episode: np.ndarray, cost_gamma: float) -> np.ndarray:
     :param cost_gamma: The discount factor.
     :return: The same with the discounted cost from there on instead of the cost.
     """
-    steps, to_come = episode.copy(), 0.0
-    for step in reversed(steps):
-        step[2] = to_come = step[2] + cost_gamma * to_come
+    steps = episode.copy()
+    steps[:, 2:] = paid_costs(steps[:, 2:], np.zeros(len(steps)), cost_gamma)
     return steps
 
 

@@ -1,5 +1,6 @@
 """When and how an update is compiled: one path for CPUs and GPUs, with the eager update as its readable reference."""
 
+import functools
 import shutil
 import types
 from abc import ABC, abstractmethod
@@ -44,6 +45,7 @@ def reason_against(device: th.device) -> str | None:
     return None
 
 
+@functools.cache
 def has_fast_bfloat16(device: th.device) -> bool:
     """
     :param device: Device of the model.

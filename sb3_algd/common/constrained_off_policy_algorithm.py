@@ -349,7 +349,8 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             parameters = load_path_or_dict
         else:
             _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
-            self.__dict__.setdefault("_saved_space", saved_space(load_path_or_dict))
+            if "units" not in parameters:
+                self.__dict__.setdefault("_saved_space", saved_space(load_path_or_dict))
         # Version 0.1.0 had no units, and always an optimizer of the multiplier
         parameters = {"units": {**self.units.state_dict(), "acts": th.ones(())}, **parameters}
         if self.__dict__.pop("_saved_space", "log") == "projected":
@@ -370,8 +371,6 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             *networks,
             "_cost_floor",
             "_weights_backup",
-            "_critic_function",
-            "_actor_function",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -175,9 +175,10 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
         controller = self.lagrange_multiplier
         if self._constraint_acts and isinstance(controller, EpisodeController):
             self._warn_no_episode()
-            for _ in range(int(np.sum(dones))):
+            if dones.any():
                 costs = self._cost_tracker.recent_costs(self.cost_limit_discounted)
-                controller.update(costs, self.cost_limit, self._proportional)
+                for _ in range(int(np.sum(dones))):
+                    controller.update(costs, self.cost_limit, self._proportional)
 
     def _warn_no_episode(self) -> None:
         """Warn once if an episode should have ended by now."""
