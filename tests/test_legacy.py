@@ -109,6 +109,16 @@ def test_what_is_given_to_load_comes_first() -> None:
     assert model.multiplier_kwargs == dict(init_value=0.9, learning_rate=0.2, max_value=50.0)
     assert (model.lagrange_multiplier.max_value, model._score_matching.n_samples) == (50.0, 2)
     assert model._score_matching.temperature == 0.5
+    model = load("ve", penalty="expectation", normalize=True, constraint_start=0.3, policy_delay=3, cost_limit_gamma=0.9)
+    assert (model.penalty, model.normalize, model.constraint_start, model.policy_delay) == ("expectation", True, 0.3, 3)
+    assert model.cost_limit_gamma == 0.9 and "_given_to_load" not in vars(model)
+
+
+def test_a_discount_factor_that_the_file_has_once_is_not_guessed_twice() -> None:
+    with pytest.raises(ValueError, match="`cost_limit_gamma` must be given with `cost_gamma`"):
+        load("ve", cost_gamma=0.5)
+    model = load("ve", cost_gamma=0.5, cost_limit_gamma=0.9)
+    assert (model.cost_gamma, model.cost_limit_gamma) == (0.5, 0.9)
 
 
 def saved_attributes(**changed: Any) -> dict[str, Any]:
@@ -220,6 +230,16 @@ def test_weights_alone_are_taken_from_a_file_of_version_0_1_0() -> None:
     model.set_parameters(str(DATA / "algd_0.1.0_ddpm.zip"))
     assert all(th.equal(value, trained.policy.state_dict()[name]) for name, value in model.policy.state_dict().items())
     assert float(model.lagrange_multiplier.value) == MULTIPLIERS["ddpm"]
+
+
+def test_weights_alone_are_not_taken_into_critics_of_another_kind() -> None:
+    kwargs = {**load("ve").policy_kwargs, "layer_norm": True}
+    model = ALGD("MlpPolicy", "TwoModes-v0", policy_kwargs=kwargs, device="cpu")
+    with pytest.raises(ValueError, match="must have layer_norm=False"):
+        model.set_parameters(str(DATA / "algd_0.1.0_ve.zip"))
+    plain = ALGD("MlpPolicy", "TwoModes-v0", policy_kwargs=dict(layer_norm=False), device="cpu")
+    with pytest.raises(ValueError, match="must have layer_norm=True"):
+        plain.set_parameters(ALGD("MlpPolicy", "TwoModes-v0", device="cpu").get_parameters())
 
 
 def test_the_budget_is_the_one_that_was_saved() -> None:

@@ -307,7 +307,8 @@ class CheckedAlgorithm(OffPolicyAlgorithm):
         # SB3 builds the networks last
         check_arguments(kwargs, cls.argument_rules)
         try:
-            return super().load(path, *args, **kwargs)
+            # What was given comes before what is made of an old file
+            return super().load(path, *args, _given_to_load=tuple(kwargs), **kwargs)
         except KeyError as error:
             # SB3 takes any ValueError of the parameters for one of old versions, and fails with this one
             if isinstance(error.__context__, ValueError):

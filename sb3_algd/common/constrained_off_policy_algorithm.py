@@ -22,6 +22,9 @@ from sb3_algd.common.lagrangian_algorithm import LagrangianAlgorithm
 from sb3_algd.common.legacy import adopt_saved, saved_space
 from sb3_algd.common.policies import ConstrainedPolicy
 
+#: The policy's actor, and its critics
+NETWORKS = ("actor", "critic", "critic_target", "cost_critic", "cost_critic_target")
+
 
 class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
     """
@@ -112,7 +115,7 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)
         super()._setup_model()
         self.__dict__.update(given)
-        for name in ("actor", "critic", "critic_target", "cost_critic", "cost_critic_target"):
+        for name in NETWORKS:
             setattr(self, name, getattr(self.policy, name))
 
     def _check_arguments(self) -> None:
@@ -351,8 +354,12 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
             if "units" not in parameters:
                 self.__dict__.setdefault("_saved_space", saved_space(load_path_or_dict))
-        # Version 0.1.0 had no units, and always an optimizer of the multiplier
-        parameters = {"units": {**self.units.state_dict(), "acts": th.ones(())}, **parameters}
+        # Version 0.1.0 had no units, no layer normalisation, and always an optimizer of the multiplier
+        if "units" not in parameters:
+            parameters = {"units": {**self.units.state_dict(), "acts": th.ones(())}, **parameters}
+            if "policy" in parameters:
+                plain = {f"{name}.has_layer_norm": th.tensor(False) for name in NETWORKS[1:]}
+                parameters["policy"] = {**plain, **parameters["policy"]}
         if self.__dict__.pop("_saved_space", "log") == "projected":
             parameters["lagrange_multiplier"]["in_log_space"] = th.tensor(0.0)
         if isinstance(self.lagrange_multiplier, EpisodeController):
@@ -365,13 +372,7 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         self._weights_backup = WeightsBackup()
 
     def _excluded_save_params(self) -> list[str]:
-        networks = ["actor", "critic", "critic_target", "cost_critic", "cost_critic_target"]
-        return [
-            *super()._excluded_save_params(),
-            *networks,
-            "_cost_floor",
-            "_weights_backup",
-        ]
+        return [*super()._excluded_save_params(), *NETWORKS, "_cost_floor", "_weights_backup"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         multiplier, _ = super()._get_torch_save_params()

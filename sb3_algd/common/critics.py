@@ -82,6 +82,8 @@ class EnsembleCritic(BaseModel):
             activation.inplace = False
         self.activation: nn.Module = activation
         self.layer_norm = layer_norm
+        # Saved with the weights, because layers without parameters leave no other trace
+        self.register_buffer("has_layer_norm", th.tensor(layer_norm))
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         widths = [features_dim + get_action_dim(action_space), *net_arch, n_outputs]
@@ -90,6 +92,12 @@ class EnsembleCritic(BaseModel):
             (_narrow_normal if narrow_init else _xavier_uniform)(weight)
             self.weights.append(weight)
             self.biases.append(nn.Parameter(th.zeros(n_critics, 1, fan_out)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.setdefault(f"{prefix}has_layer_norm", self.has_layer_norm)
+        if bool(saved) != self.layer_norm:
+            raise ValueError(f"`policy_kwargs` must have layer_norm={bool(saved)}, with which these critics have learned.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @th.no_grad()
     def rescale(self, factor: th.Tensor) -> None:

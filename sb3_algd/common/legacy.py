@@ -75,9 +75,16 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
     Give the attributes of a loaded model their names of today, in place; those of a new model stay as they are.
 
     :param attributes: ``__dict__`` of a model.
+    :raises ValueError: If one discount factor was given, which the file does not tell from another.
     """
+    given_to_load = attributes.pop("_given_to_load", ())
     if "multiplier_init" not in attributes:
         return
+    if "cost_gamma" in given_to_load and "cost_limit_gamma" not in given_to_load:
+        raise ValueError(
+            "`cost_limit_gamma` must be given with `cost_gamma`: this model of version 0.1.0 has one discount factor for "
+            "both, and its limit keeps its meaning only with the old one."
+        )
     signal = attributes["multiplier_signal"]
     for name in ("multiplier_kwargs", "score_kwargs"):
         saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
@@ -101,7 +108,8 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
                 f"This model's multiplier was updated another way (multiplier_signal={signal!r}): it goes on from its value, "
                 "from the costs of episodes."
             )
-    attributes.update(_LEARNED_IN, cost_limit_gamma=attributes["cost_gamma"])
+    learned_in = {**_LEARNED_IN, "cost_limit_gamma": attributes["cost_gamma"]}
+    attributes.update({name: value for name, value in learned_in.items() if name not in given_to_load})
     # Layers without parameters, which nothing would miss
     attributes["policy_kwargs"] = {**attributes["policy_kwargs"], "layer_norm": False}
     for name, today in _REMOVED_OPTIONS.items():
