@@ -38,7 +38,9 @@ from sb3_algd.plotting import plot_learning_curves, read_curve
 MAX_THREADS = 4
 N_FINAL_EPISODES = 50
 #: Episodes of an evaluation while training
-N_EPISODES = 10
+N_EPISODES = 20
+#: A model counts as feasible where its cost is within the limit by so many standard errors: 95 %, one-sided
+CONFIDENCE = 1.645
 #: File of the best feasible model
 BEST = "best_model.zip"
 #: Class and policy of each algorithm
@@ -261,8 +263,8 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
 
 class BestFeasible:
     """
-    Keeps the model of the evaluation with the highest return within the limit, by a standard error: the best of many
-    evaluations is a lucky one.
+    Keeps the model of the evaluation with the highest return among those that are within the limit with 95 % confidence: the
+    best of many evaluations is a lucky one.
 
     :param path: The file of the model.
     """
@@ -274,7 +276,7 @@ class BestFeasible:
     def __call__(self, model: BaseAlgorithm, row: Row) -> None:
         """:param model: The model. :param row: Its evaluation."""
         assert isinstance(model, CostAwareAlgorithm)
-        bound = row["cost_mean"] + row["cost_std"] / np.sqrt(N_EPISODES)
+        bound = row["cost_mean"] + CONFIDENCE * row["cost_std"] / np.sqrt(N_EPISODES)
         if bound <= np.asarray(model.cost_limit).item() and row["return_mean"] > self.best_return:
             self.best_return = row["return_mean"]
             model.save(self.path)
