@@ -319,8 +319,9 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- |"
     )
     total: Counter[str] = sum(table.values(), Counter())
-    for fault, row in [*table.items(), ("all", total)]:
-        print(f"| {fault.replace('_', ' ')} | " + " | ".join(str(row[name]) for name in COLUMNS) + " |")
+    described = [(str(getattr(Suite, fault).__doc__).rstrip("."), row) for fault, row in table.items()]
+    for fault, row in [*described, ("All", total)]:
+        print(f"| {fault} | " + " | ".join(str(row[name]) for name in COLUMNS) + " |")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes")
     if total["silent"]:
         raise SystemExit(1)
