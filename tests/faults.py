@@ -75,15 +75,14 @@ class Suite:
         folder.mkdir(parents=True)
         self.number = self.trial = 0
         self.rng = np.random.default_rng()
-        #: Hash of each step of the undisturbed run
-        self.steps: dict[str, str] = {}
         started = time.monotonic()
         whole = self._finish(folder / "whole", anew=True)
         self.seconds = time.monotonic() - started
         if "digest" not in whole:
             raise RuntimeError(whole["traceback"])
         self.expected = whole["digest"]
-        self.steps.update(line.split() for line in self._log("result").read_text().splitlines()[1:])
+        #: Hash of each step of the undisturbed run
+        self.steps = dict(line.split() for line in self._log("result").read_text().splitlines()[1:])
         assert str(STEPS) in self.steps
         self.n_events = self._count_events()
         #: A run that was broken off after its checkpoint of step 48: the last one is that of the end, and is being written
