@@ -1,242 +1,44 @@
 """
 The fault suite: runs are killed, their files damaged, their disk filled, and a second run started beside them. Each is
-resumed, and has to end with the weights of the run to which nothing happened, bit for bit.
+resumed, has to begin at the step of the checkpoint that counts, to see and do in every step what the run saw and did to which
+nothing happened, and to end with its weights, bit for bit.
 
     python -m tests.faults --out faults.jsonl
 
-Every trial is a forked process. A fault counts as ``exact`` (the same weights, also where a warning told of the damage),
-``refused`` (an error that names the file and what to do) or ``silent`` (other weights, or another error).
+The same command goes on where it was interrupted. Every trial is a forked process. A fault counts as ``exact`` (all of this,
+also where a warning told of the damage), ``refused`` (an error that names the file and what to do) or ``silent`` (anything
+else). A kill that comes after the end of its process is no fault, and is tried again.
 """
 
 import argparse
-import contextlib
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_algd import ALGD
-from sb3_algd.common import checkpoint_files
-from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
-from sb3_algd.common.checkpoint_files import MANIFEST
-from tests.conftest import CostlyBitFlipping, CostlyEnv, make_env
+from sb3_algd.common.checkpoint_files import MANIFEST, files_of
+from tests.fault_runs import RUNS, STEPS, FileEvents, in_process, run_or_resume, wait
 
-STEPS, SAVE_FREQ = 64, 16
 COLUMNS = ("tried", "exact", "warned", "refused", "silent")
 #: Kinds of faults, and how many of each are tried with each kind of run
-FULL = dict(kill=11, kill_at_file_event=12, half_written=5, bit_flip=12, truncation=4, full_disk=3, two_runs=2, two_resumes=3)
-SHORT = dict(kill=1, kill_at_file_event=1, bit_flip=1)
-
-
-# --- kinds of runs ---------------------------------------------------------------------------------------------------
-
-
-class ImageEnv(CostlyEnv):
-    """Small images of noise, whose brightness is the state."""
-
-    observation_space = spaces.Box(0, 255, shape=(36, 36, 1), dtype=np.uint8)
-
-    def _image(self) -> np.ndarray:
-        return self.np_random.integers(0, 255, (36, 36, 1)).astype(np.uint8)
-
-    def reset(self, **kwargs: Any) -> Any:
-        super().reset(**kwargs)
-        return self._image(), {}
-
-    def step(self, action: np.ndarray) -> Any:
-        _, *rest = super().step(action)
-        return self._image(), *rest
-
-
-class DictEnv(CostlyEnv):
-    """The state in two parts."""
-
-    observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32), "b": spaces.Box(-1, 1, (1,), np.float32)})
-
-    def reset(self, **kwargs: Any) -> Any:
-        state, info = super().reset(**kwargs)
-        return {"a": state[:2], "b": state[2:]}, info
-
-    def step(self, action: np.ndarray) -> Any:
-        state, *rest = super().step(action)
-        return {"a": state[:2], "b": state[2:]}, *rest
-
-
-def _limited(env: gym.Env) -> gym.Env:
-    return gym.wrappers.TimeLimit(env, 8)
-
-
-def _make_goal_env() -> gym.Env:
-    return CostlyBitFlipping(n_bits=3, continuous=True, max_steps=5)
-
-
-#: Name: environments, arguments of the model
-RUNS: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
-    "plain": (lambda: make_vec_env(lambda: make_env(1, 8), n_envs=1), {}),
-    "image": (lambda: make_vec_env(lambda: _limited(ImageEnv()), n_envs=1), dict(policy="CnnPolicy")),
-    "Dict": (lambda: make_vec_env(lambda: _limited(DictEnv()), n_envs=1), dict(policy="MultiInputPolicy")),
-    "HER": (
-        lambda: make_vec_env(_make_goal_env, n_envs=2),
-        dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer, episode_length=5),
-    ),
-    "VecNormalize": (lambda: VecNormalize(make_vec_env(lambda: make_env(1, 8), n_envs=2)), {}),
-    "SubprocVecEnv": (lambda: SubprocVecEnv([lambda: make_env(1, 8)] * 2, start_method="fork"), {}),
-}
-
-
-def make_run(kind: str) -> ALGD:
-    """:param kind: A kind of run. :return: Its untrained model."""
-    make_envs, kwargs = RUNS[kind]
-    small = dict(net_arch=[8], denoising_steps=2)
-    if kind == "image":
-        small["features_extractor_kwargs"] = dict(features_dim=8)
-    defaults: dict[str, Any] = dict(policy="MlpPolicy", policy_kwargs=small, buffer_size=50, cost_limit=2.0, batch_size=8)
-    return ALGD(
-        env=make_envs(), learning_starts=10, train_freq=4, gradient_steps=2, seed=0, device="cpu", **{**defaults, **kwargs}
-    )
-
-
-def result_of(model: ALGD) -> str:
-    """:param model: A trained model. :return: Hash of everything that it has learned and seen."""
-    digest = hashlib.sha256()
-    assert model.replay_buffer is not None
-    states = [model.policy.state_dict(), model.lagrange_multiplier.state_dict()]
-    digest.update(pickle.dumps([(name, value.numpy().tobytes()) for state in states for name, value in state.items()]))
-    size = model.replay_buffer.size()
-    for name in ("rewards", "costs", "actions", "dones", "timeouts"):
-        digest.update(getattr(model.replay_buffer, name)[:size].tobytes())
-    normalize = model.get_vec_normalize_env()
-    if normalize is not None:
-        assert isinstance(normalize.obs_rms, RunningMeanStd)
-        digest.update(pickle.dumps((normalize.obs_rms.mean.tobytes(), float(normalize.ret_rms.var))))
-    digest.update(f"{model.num_timesteps} {model._n_updates}".encode())
-    return digest.hexdigest()
-
-
-def run_or_resume(kind: str, folder: Path, anew: bool = False) -> ALGD:
-    """
-    :param kind: A kind of run.
-    :param folder: Of its checkpoint.
-    :param anew: Whether to start from the beginning.
-    :return: The model after its whole training.
-    """
-    if anew or not (folder / MANIFEST).exists():
-        return make_run(kind).learn(STEPS, ResumableCheckpointCallback(SAVE_FREQ, folder))
-    resumed = resume(folder, RUNS[kind][0](), total_timesteps=STEPS)
-    assert isinstance(resumed, ALGD)
-    return resumed
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-def in_process(work: Callable[[], ALGD], out: Path, prepare: Callable[[], Any] | None = None) -> int:
-    """
-    Fork a process that trains.
-
-    :param work: Trains.
-    :param out: File of its result.
-    :param prepare: Called before, in the new process.
-    :return: Its id.
-    """
-    process = os.fork()
-    if process:
-        return process
-    os.setpgid(0, 0)
-    # Environments in processes of their own say much when their parent is killed
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    result: dict[str, Any] = {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            if prepare is not None:
-                prepare()
-            result["digest"] = result_of(work())
-        except BaseException as error:  # noqa: BLE001
-            result["error"] = f"{type(error).__name__}: {error}"
-            result["traceback"] = traceback.format_exc()
-    result["warnings"] = [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
-    out.write_text(json.dumps(result))
-    os._exit(0)
-
-
-def wait(process: int) -> int:
-    """:param process: Id. :return: How it ended, after what it has left was ended too."""
-    status = os.waitpid(process, 0)[1]
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process, signal.SIGKILL)
-    return status
-
-
-class FileEvents:
-    """
-    Counts what happens to the files of a folder, and lets something happen at one of these events.
-
-    :param folder: The folder.
-    :param at: Number of the event, 0 for none.
-    :param happen: What happens, called with the open file where one is half-written.
-    :param only: Kind of event that counts, None for all.
-    """
-
-    def __init__(self, folder: Path, at: int, happen: Callable[[], Any], only: str | None = None) -> None:
-        self.folder, self.at, self.happen, self.only = str(folder), at, happen, only
-        self.count = 0
-
-    def event(self, kind: str) -> bool:
-        """:param kind: What happened. :return: Whether this is the one."""
-        if self.only is None or kind == self.only:
-            self.count += 1
-            return self.count == self.at
-        return False
-
-    def watch(self) -> None:
-        """Begin, for the rest of this process."""
-        events, write, fsync = self, checkpoint_files._Hashing.write, os.fsync
-
-        def half_write(self: Any, data: Any) -> int:
-            if events.event("write"):
-                self._file.write(bytes(memoryview(data).cast("B"))[: memoryview(data).nbytes // 2])
-                self._file.flush()
-                events.happen()
-            return write(self, data)
-
-        def watched_fsync(file: Any) -> None:
-            if self.event("fsync"):
-                self.happen()
-            fsync(file)
-
-        def audit(name: str, arguments: tuple[Any, ...]) -> None:
-            inside = bool(arguments) and str(arguments[0]).startswith(self.folder)
-            writes = name == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wa"
-            if inside and (writes or name in ("os.rename", "os.remove")) and self.event(name):
-                self.happen()
-
-        checkpoint_files._Hashing.write = half_write  # type: ignore[method-assign]
-        os.fsync = watched_fsync  # type: ignore[assignment]
-        sys.addaudithook(audit)
+FULL = dict(kill=10, kill_at_file_event=12, half_written=5, bit_flip=12, truncation=4, full_disk=4, two_runs=2, two_resumes=3)
+SHORT = dict(kill=1, kill_at_file_event=1, bit_flip=1, full_disk=1)
+#: What a full disk makes impossible
+NEEDS_ROOM = ("os.rename", "open", "fsync", "write")
 
 
 def kill_self() -> None:
@@ -244,7 +46,20 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+def disk_is_full() -> None:
+    """As the system says it."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def was_killed(status: int) -> bool:
+    """:param status: How a process ended. :return: Whether a kill has hit it."""
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """:param folder: Of a checkpoint. :return: Its manifest, as it stands there; of step 0 if there is none."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text()) if path.exists() else {"num_timesteps": 0}
 
 
 class Suite:
@@ -258,47 +73,82 @@ class Suite:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
         folder.mkdir(parents=True)
-        self.rng = np.random.default_rng(len(kind))
-        self.number = 0
-        #: A run that was broken off after its checkpoint of step 48
-        self.broken = folder / "broken"
-        self.n_events: Counter[str] = Counter()
+        self.number = self.trial = 0
+        self.rng = np.random.default_rng()
         started = time.monotonic()
-        self.expected = self._finish(folder / "whole", anew=True)["digest"]
+        whole = self._finish(folder / "whole", anew=True)
         self.seconds = time.monotonic() - started
-        self._count_events()
-        # The last checkpoint is that of the end: the process is killed as it writes it
-        wait(self._start(self.broken, "fsync", int(0.9 * self.n_events["fsync"]), kill_self))
+        if "digest" not in whole:
+            raise RuntimeError(whole["traceback"])
+        self.expected = whole["digest"]
+        #: Hash of each step of the undisturbed run
+        self.steps = dict(line.split() for line in self._log("result").read_text().splitlines()[1:])
+        assert str(STEPS) in self.steps
+        self.n_events = self._count_events()
+        #: A run that was broken off after its checkpoint of step 48: the last one is that of the end, and is being written
+        self.broken = folder / "broken"
+        assert was_killed(self._start(self.broken, "fsync", int(0.9 * self.n_events["fsync"]), kill_self))
+        assert manifest_of(self.broken)["num_timesteps"] == 48
 
-    def _count_events(self) -> None:
-        out = self.folder / "events.json"
+    def try_one(self, fault: str, trial: int) -> tuple[str, str]:
+        """:param fault: Kind of fault. :param trial: Its number. :return: Outcome and details."""
+        self.trial, self.rng = trial, np.random.default_rng([list(RUNS).index(self.kind), list(FULL).index(fault), trial])
+        try:
+            outcome: tuple[str, str] = getattr(self, fault)()
+        except AssertionError as error:
+            return "silent", str(error)
+        return outcome
 
-        def prepare() -> None:
-            self.watched = {only: FileEvents(self.folder / "counted", 0, kill_self, only) for only in (None, "write", "fsync")}
-            for events in self.watched.values():
-                events.watch()
+    # --- processes -------------------------------------------------------------------------------------------------------
 
-        def work() -> ALGD:
-            model = run_or_resume(self.kind, self.folder / "counted", anew=True)
-            out.write_text(json.dumps([[str(only), events.count] for only, events in self.watched.items()]))
-            return model
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
 
-        wait(in_process(work, self.folder / "counted.json", prepare))
-        self.n_events.update(dict(json.loads(out.read_text())))
+    def _begin(self, folder: Path, name: str, prepare: Callable[[], Any] | None = None, anew: bool = False) -> int:
+        """Start a run, or resume it if it has a checkpoint. Its process leaves a result and a log of this name."""
+        log, out = self._log(name), self.folder / f"{name}.json"
+        for path in (log, out):
+            path.unlink(missing_ok=True)
+        return in_process(lambda: run_or_resume(self.kind, folder, log, anew), out, prepare)
+
+    def _began(self, name: str) -> int | None:
+        """Where a process began to train, None if it did not. Each of its steps has to be that of the undisturbed run."""
+        lines = self._log(name).read_text().splitlines() if self._log(name).exists() else []
+        for line in lines[1:]:
+            step, seen = line.split()
+            assert self.steps.get(step, seen) == seen, f"Step {step} is another one than in the undisturbed run."
+        return int(lines[0].split()[1]) if lines else None
+
+    def _end(self, process: int, folder: Path, begins: int) -> int:
+        status = wait(process)
+        began = self._began("ignored")
+        assert began in (None, begins), f"Training in {folder} began at step {began}, its checkpoint was of step {begins}."
+        return status
 
     def _start(self, folder: Path, only: str | None, at: int, happen: Callable[[], Any]) -> int:
-        """Start a run, or resume it if it has a checkpoint, to which something happens at a file event."""
-        events = FileEvents(folder, at, happen, only)
-        return in_process(lambda: run_or_resume(self.kind, folder), self.folder / "ignored.json", events.watch)
+        """Train while something happens at a file event. Returns how the process has ended."""
+        begins = manifest_of(folder)["num_timesteps"]
+        return self._end(self._begin(folder, "ignored", FileEvents(folder, at, happen, only).watch), folder, begins)
 
     def _finish(self, folder: Path, anew: bool = False) -> dict[str, Any]:
-        out = self.folder / "result.json"
-        out.unlink(missing_ok=True)
-        wait(in_process(lambda: run_or_resume(self.kind, folder, anew), out))
-        result: dict[str, Any] = json.loads(out.read_text())
-        if anew and "digest" not in result:
-            raise RuntimeError(result["traceback"])
+        wait(self._begin(folder, "result", anew=anew))
+        result: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
         return result
+
+    def _count_events(self) -> dict[str, int]:
+        folder, out = self.folder / "counted", self.folder / "events.json"
+        watched = {str(only): FileEvents(folder, 0, kill_self, only) for only in (None, *NEEDS_ROOM)}
+
+        def work() -> ALGD:
+            for events in watched.values():
+                events.watch()
+            model = run_or_resume(self.kind, folder, self._log("counted"))
+            out.write_text(json.dumps({only: events.count for only, events in watched.items()}))
+            return model
+
+        wait(in_process(work, self.folder / "counted.json"))
+        counts: dict[str, int] = json.loads(out.read_text())
+        return counts
 
     def _new_folder(self, copied: bool = False) -> Path:
         self.number += 1
@@ -307,37 +157,57 @@ class Suite:
             shutil.copytree(self.broken, folder)
         return folder
 
-    def _judge(self, folder: Path) -> tuple[str, str]:
+    def _judge(self, folder: Path, damaged: str | None = None) -> tuple[str, str]:
         """Resume, and compare."""
+        newest = manifest_of(folder if damaged is None else self.broken)
         result = self._finish(folder)
         shutil.rmtree(folder)
-        if result.get("digest") == self.expected:
-            return "exact", "; ".join(result["warnings"])
-        if "can be used: " in result.get("error", "") or "are damaged" in result.get("error", ""):
-            return "refused", result["error"]
-        return "silent", result.get("traceback", "other weights")
+        error = result.get("error", "")
+        if "can be used: " in error or "are damaged" in error:
+            return "refused", error
+        warned = "; ".join(result["warnings"])
+        # Without one of its files a checkpoint does not count
+        if damaged in newest.get("files", {}) and "has been repaired" not in warned:
+            newest = newest["previous"]
+            assert damaged not in files_of(newest), f"{damaged} is damaged, and belongs to the checkpoint before, too."
+        began = self._began("result")
+        if result.get("digest") != self.expected:
+            return "silent", result.get("traceback", "Other weights, or other transitions.")
+        assert began == newest["num_timesteps"], f"Began at step {began}, the checkpoint was of {newest['num_timesteps']}."
+        return "exact", warned
+
+    # --- faults ----------------------------------------------------------------------------------------------------------
+
+    def _kill_twice(self, run: Callable[[Path, float], int]) -> tuple[str, str]:
+        """:param run: Has a process killed that trains in a folder, at a fraction of a whole run. Returns how it has ended."""
+        for _ in range(50):
+            folder, first = self._new_folder(), self.rng.uniform(0, 1)
+            if was_killed(run(folder, first)) and was_killed(run(folder, self.rng.uniform(0, 1 - first))):
+                return self._judge(folder)
+        raise RuntimeError("No kill hits a process that runs.")
 
     def kill(self) -> tuple[str, str]:
         """Kill a run and its resumption at random moments."""
-        folder = self._new_folder()
-        for _ in range(2):
-            process = in_process(lambda: run_or_resume(self.kind, folder), self.folder / "ignored.json")
-            time.sleep(self.rng.uniform(0, self.seconds))
+
+        def run(folder: Path, fraction: float) -> int:
+            begins = manifest_of(folder)["num_timesteps"]
+            process = self._begin(folder, "ignored")
+            time.sleep(fraction * self.seconds)
             os.kill(process, signal.SIGKILL)
-            wait(process)
-        return self._judge(folder)
+            return self._end(process, folder, begins)
+
+        return self._kill_twice(run)
 
     def kill_at_file_event(self) -> tuple[str, str]:
         """Kill a run as it opens, syncs, renames or removes one of its files, and the resumed run too."""
-        folder = self._new_folder()
-        for _ in range(2):
-            wait(self._start(folder, None, int(self.rng.integers(1, self.n_events["None"] + 1)), kill_self))
-        return self._judge(folder)
+        return self._kill_twice(
+            lambda folder, fraction: self._start(folder, None, 1 + int(fraction * self.n_events["None"]), kill_self)
+        )
 
     def half_written(self) -> tuple[str, str]:
         """Kill a run when half of a block of bytes is written."""
         folder = self._new_folder()
-        wait(self._start(folder, "write", int(self.rng.integers(1, self.n_events["write"] + 1)), kill_self))
+        assert was_killed(self._start(folder, "write", int(self.rng.integers(1, self.n_events["write"] + 1)), kill_self))
         return self._judge(folder)
 
     def _damaged(self) -> Path:
@@ -350,43 +220,38 @@ class Suite:
         data = bytearray(path.read_bytes())
         data[self.rng.integers(len(data))] ^= 1 << self.rng.integers(8)
         path.write_bytes(data)
-        return self._judge(path.parent)
+        return self._judge(path.parent, path.name)
 
     def truncation(self) -> tuple[str, str]:
         """Cut a random file off somewhere."""
         path = self._damaged()
         os.truncate(path, int(self.rng.integers(path.stat().st_size)))
-        return self._judge(path.parent)
+        return self._judge(path.parent, path.name)
 
     def full_disk(self) -> tuple[str, str]:
-        """Let the disk be full at a random write; the run ends with an error."""
-        folder = self._new_folder()
-
-        def full() -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        wait(self._start(folder, "write", int(self.rng.integers(1, self.n_events["write"] + 1)), full))
+        """Let the disk be full as something is written, opened, synced or renamed; the run ends with an error."""
+        folder, only = self._new_folder(), NEEDS_ROOM[self.trial % len(NEEDS_ROOM)]
+        # Without room for the lock, which is opened first, nothing begins
+        at = self.rng.integers(2 if only == "open" else 1, self.n_events[only] + 1)
+        self._start(folder, only, int(at), disk_is_full)
         error = json.loads((self.folder / "ignored.json").read_text()).get("error", "")
-        if "Could not store the checkpoint" not in error:
-            return "silent", error
+        assert "Could not store the checkpoint" in error, f"No room at {only} {at}: {error or 'no error'}"
         return self._judge(folder)
 
     def _two(self, folder: Path) -> tuple[str, str]:
-        outs = [self.folder / f"ignored{index}.json" for index in range(2)]
+        names = ["first", "second"]
         begin = time.monotonic() + 0.1
-
-        def work() -> ALGD:
-            time.sleep(max(begin - time.monotonic(), 0))
-            return run_or_resume(self.kind, folder)
-
-        for process in [in_process(work, out) for out in outs]:
+        before = manifest_of(folder)["num_timesteps"]
+        processes = [self._begin(folder, name, lambda: time.sleep(max(begin - time.monotonic(), 0))) for name in names]
+        for process in processes:
             wait(process)
-        results = [json.loads(out.read_text()) for out in outs]
+        results = [json.loads((self.folder / f"{name}.json").read_text()) for name in names]
         refused = [result for result in results if "is in use by process" in result.get("error", "")]
         finished = [result for result in results if result.get("digest") == self.expected]
+        assert finished and len(refused) + len(finished) == 2, str(results)
         # The second may also have come when the first had ended
-        if not finished or len(refused) + len(finished) < 2:
-            return "silent", str(results)
+        began = [self._began(name) for name in names]
+        assert set(began) <= {before, STEPS, None}, f"Began at {began}, the checkpoint was of step {before}."
         return self._judge(folder)
 
     def two_runs(self) -> tuple[str, str]:
@@ -398,28 +263,35 @@ class Suite:
         return self._two(self._new_folder(copied=True))
 
 
-def try_faults(kind: str, folder: Path, counts: dict[str, int], out: Path | None) -> list[tuple[str, str, str, str]]:
+def tried_before(out: Path | None) -> list[list[str]]:
+    """:param out: File of an earlier call. :return: Its rows: run, fault, outcome and details of each."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []
+
+
+def try_faults(kind: str, folder: Path, counts: dict[str, int], out: Path | None) -> list[list[str]]:
     """
     Try faults with one kind of run.
 
     :param kind: The kind of run.
     :param folder: For everything that is written.
     :param counts: How many of each fault.
-    :param out: File that gets a line of each. None for none.
+    :param out: File that gets a line of each; those that it has already are not tried again. None for none.
     :return: Run, fault, outcome and details of each.
     """
     th.set_num_threads(1)
-    suite = Suite(kind, folder / kind)
-    found = []
-    for fault, count in counts.items():
-        for _ in range(count):
-            outcome, details = getattr(suite, fault)()
-            found.append((kind, fault, outcome, details))
-            if out is not None:
-                with out.open("a") as file:
-                    file.write(json.dumps(found[-1]) + "\n")
-            if outcome == "silent":
-                print(f"{kind}, {fault}: {details}", file=sys.stderr, flush=True)
+    found = [row for row in tried_before(out) if row[0] == kind and row[1] in counts]
+    n_tried = Counter(fault for _, fault, *_ in found)
+    missing = [(fault, trial) for fault, count in counts.items() for trial in range(n_tried[fault], count)]
+    suite = Suite(kind, folder / kind) if missing else None
+    for fault, trial in missing:
+        assert suite is not None
+        outcome, details = suite.try_one(fault, trial)
+        found.append([kind, fault, outcome, details])
+        if out is not None:
+            with out.open("a") as file:
+                file.write(json.dumps(found[-1]) + "\n")
+        if outcome == "silent":
+            print(f"{kind}, {fault}: {details}", file=sys.stderr, flush=True)
     return found
 
 
@@ -429,7 +301,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few of each")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--jobs", type=int, default=2, help="kinds of runs at a time")
-    parser.add_argument("--out", type=Path, help="file that gets a line of JSON for each fault")
+    parser.add_argument("--out", type=Path, help="file that gets a line of JSON for each fault, and is gone on with")
     args = parser.parse_args()
     counts = SHORT if args.short else FULL
     started = time.monotonic()
@@ -442,11 +314,13 @@ def main() -> None:
     for _, fault, outcome, details in found:
         table[fault].update(["tried", outcome, *(["warned"] if outcome == "exact" and details else [])])
     print(
-        "| fault | tried | exact | of these with a warning | refused by name | silent |\n| --- | --- | --- | --- | --- | --- |"
+        "| fault | tried | exact | of these with a warning | refused by name | not as it should be |\n"
+        "| --- | --- | --- | --- | --- | --- |"
     )
     total: Counter[str] = sum(table.values(), Counter())
-    for fault, row in [*table.items(), ("all", total)]:
-        print(f"| {fault.replace('_', ' ')} | " + " | ".join(str(row[name]) for name in COLUMNS) + " |")
+    described = [(str(getattr(Suite, fault).__doc__).rstrip("."), row) for fault, row in table.items()]
+    for fault, row in [*described, ("All", total)]:
+        print(f"| {fault} | " + " | ".join(str(row[name]) for name in COLUMNS) + " |")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes")
     if total["silent"]:
         raise SystemExit(1)

@@ -187,9 +187,11 @@ def test_a_value_trains_or_is_refused_by_name(algorithm: Algorithm, name: str) -
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("actor_learning_rate", [-1e-3, math.nan, "x", lambda _: -1e-3]),
-        ("cost_critic_learning_rate", [-1e-3, math.inf, True]),
-        ("learning_rate", [-1e-3, None, "lin_3e-4"]),
+        ("actor_learning_rate", [-1e-3, math.nan, "x", lambda _: -1e-3, lambda progress: progress - 0.5]),
+        ("cost_critic_learning_rate", [-1e-3, math.inf, True, lambda progress: 1e-3 / progress]),
+        ("learning_rate", [-1e-3, None, "lin_3e-4", lambda progress: [1e-3, 1e-4][int(2 - 2 * progress)]]),
+        # Wrong at the end, and wrong in between
+        ("learning_rate", [lambda progress: progress - 1e-3, lambda progress: math.nan if 0.3 < progress < 0.7 else 1e-3]),
         ("cost_limit_discounted", ["x", "False", 1]),
         ("cost_limit_gamma", [0.0, 1.1, None, "x"]),
         ("penalty", ["hinge", None, True]),
@@ -201,6 +203,7 @@ def test_a_value_trains_or_is_refused_by_name(algorithm: Algorithm, name: str) -
         ("episode_length", [1e30, 10**30, 0, "x", True, 2.5]),
         ("score_kwargs", [dict(n_samples=10**6), dict(n_samples="x"), dict(temperature=math.nan), dict(beta=1.0), "x"]),
         ("multiplier_kwargs", [dict(max_value=math.inf), dict(confidence=-1.0), dict(init_value=-1.0), dict(init=1.0), []]),
+        ("multiplier_kwargs", [dict(learning_rate=lambda progress: progress - 0.5)]),
         ("cost_key", [None, 3]),
         ("cost_risk_coef", [None, "x", math.nan, -1.0]),
         ("target_update_interval", [0, 1.5, None, "x"]),

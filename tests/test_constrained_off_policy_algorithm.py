@@ -107,6 +107,8 @@ def test_each_optimizer_follows_its_own_schedule(algorithm: Algorithm) -> None:
         cost_critic_learning_rate=2e-3,
         multiplier_signal="buffer",
         multiplier_kwargs=dict(learning_rate=lambda progress: 0.5 * progress),
+        # 42 steps are made: the progress that remains becomes negative, a learning rate must not
+        train_freq=3,
     )
     model.learn(40)
     assert isinstance(model.lagrange_multiplier, LagrangeMultiplier)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import RUNS, SHORT
+from tests.fault_runs import RUNS
+from tests.faults import SHORT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every fault happens to a forked process")

@@ -23,6 +23,8 @@ SelfChecked = TypeVar("SelfChecked", bound="CheckedAlgorithm")
 #: Above this a number of steps or samples is a mistake
 MANY = 10**9
 MAX_SCORE_SAMPLES = 1000
+#: Where a schedule is looked at. One that falls to 0 at a rounder number may be a rounding error below 0 there
+_PROGRESS = [remaining / 7 for remaining in range(7, -1, -1)]
 
 
 class Rule(NamedTuple):
@@ -107,12 +109,11 @@ def _is_per_constraint(value: Any) -> bool:
 
 
 def _is_schedule(value: Any) -> bool:
-    if callable(value):
-        try:
-            value = value(1.0)
-        except (TypeError, ValueError, ArithmeticError):
-            return False
-    return is_number(value) and value >= 0
+    try:
+        rates = [value(progress) for progress in _PROGRESS] if callable(value) else [value]
+    except (TypeError, ValueError, ArithmeticError, LookupError):
+        return False
+    return all(is_number(rate) and rate >= 0 for rate in rates)
 
 
 def _is_train_freq(value: Any) -> bool:
@@ -141,7 +142,7 @@ TRUE_FALSE_AUTO = Rule(
     "True, False or 'auto'", lambda value: FLAG.holds(value) or (isinstance(value, str) and value == "auto")
 )
 PER_CONSTRAINT = Rule("a finite number >= 0, or a flat sequence with one per constraint", _is_per_constraint)
-SCHEDULE = Rule("a finite number >= 0, or a function of the remaining progress that returns one", _is_schedule)
+SCHEDULE = Rule("a finite number >= 0, or a function that returns one for every remaining progress from 1 to 0", _is_schedule)
 COST_KEY = Rule("a key of info, or a function of info", lambda value: isinstance(value, str) or callable(value))
 TRAIN_FREQ = Rule("a whole number >= 1, or a tuple of one and 'step' or 'episode'", _is_train_freq)
 BUFFER_CLASS = Rule("a subclass of ReplayBuffer", lambda value: isinstance(value, type) and issubclass(value, ReplayBuffer))

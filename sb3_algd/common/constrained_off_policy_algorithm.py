@@ -300,7 +300,8 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         self._cost_floor.copy_(to_device(th.from_numpy(floor), self.device))
 
     def _update_learning_rates(self) -> None:
-        progress = self._current_progress_remaining
+        # Negative when more steps are made than were asked for, as one step of several environments does
+        progress = max(self._current_progress_remaining, 0.0)
         self.logger.record("train/learning_rate", self.lr_schedule(progress))
         schedules: dict[th.optim.Optimizer, Schedule | None] = {
             **dict.fromkeys([self.critic.optimizer, *self._actor_optimizers()]),
