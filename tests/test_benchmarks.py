@@ -1,6 +1,7 @@
 """What the published numbers rest on: that each is from the runs that it says, with the settings that it says."""
 
 import csv
+import json
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 import sb3_algd
-from benchmarks import plot, run, settings, toy
+from benchmarks import agents, plot, run, settings, toy
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.recorder import COLUMNS
 from sb3_algd.compare import engine
@@ -304,3 +305,16 @@ def test_seeds_are_in_order_and_at_the_same_steps(tmp_path: Path) -> None:
     assert list(found["x"]) == [2, 3, 10]
     with pytest.raises(SystemExit, match=r"TwoModes-v0/x: .*same steps"):
         plot.read_settings(tmp_path, "TwoModes-v0", found)
+
+
+def test_only_agents_within_their_limit_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "N_EPISODES", 20)
+    small: dict[str, Any] = dict(policy_kwargs={"net_arch": [4]}, buffer_size=10, device="cpu")
+    for seed, limit in enumerate((1000.0, 0.0)):
+        path = tmp_path / "TwoModes-v0" / "algd-ve" / f"seed{seed}.zip"
+        ALGD("DiffusionPolicy", "TwoModes-v0", cost_limit=limit, seed=seed, **small).save(path)
+        monkeypatch.setattr(sys, "argv", ["", str(path), "--out", str(tmp_path)])
+        agents.main()
+        assert json.loads((tmp_path / "algd" / "TwoModes-v0_1" / "config.json").read_text())["results"]["seed"] == 0
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| TwoModes-v0 | 0, 0 | ")]
+    assert len(rows) == 1 and "within the limit" in rows[0]

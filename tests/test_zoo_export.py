@@ -1,5 +1,6 @@
 """The commands for exported agents: ``export``, and ``enjoy --onnx``."""
 
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -67,6 +68,18 @@ def test_both_files_hold_what_was_measured_and_act_alike(folder: Path) -> None:
     expected, _ = policy.predict(observations, deterministic=True)
     np.testing.assert_allclose(agent.act(observations, deterministic=True), expected, atol=1e-5)
     assert np.ptp(expected) > 0.0
+
+
+def test_a_policy_that_comes_with_the_package_is_played(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_algd.zoo.commandline.TRAINED_AGENTS", tmp_path)
+    shutil.copytree(folder / "policy", tmp_path / "algd" / f"{ENV}_1")
+    expected = report(capsys, "--env", ENV, "-f", folder / "logs", "--deterministic")
+    assert report(capsys, "--env", ENV, "--deterministic") == expected
+    (tmp_path / "algd" / f"{ENV}_1" / "policy.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="is damaged"):
+        main("enjoy", "--env", ENV, "--no-render")
 
 
 def test_best_of_several(folder: Path, tmp_path: Path) -> None:

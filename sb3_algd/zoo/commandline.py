@@ -10,6 +10,7 @@ from unittest.mock import patch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.export.policy_file import WEIGHTS
 from sb3_algd.zoo import ALGO, TRAINED_AGENTS, is_constrained
 
 
@@ -28,6 +29,7 @@ def given_options() -> argparse.Namespace:
     """:return: Options of the command line that our defaults depend on"""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo", default=ALGO)
+    parser.add_argument("--env")
     parser.add_argument("-f", "--folder")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="auto")
@@ -46,6 +48,13 @@ def default_to_trained_agents() -> None:
     """Look for agents among those that come with the package, unless the command line names a folder."""
     if given_options().folder is None:
         default_option("-f", str(TRAINED_AGENTS))
+
+
+def shipped_policy() -> str | None:
+    """:return: Folder of the policy that comes with the package for this task, None without one or if a folder is named"""
+    options = given_options()
+    folder = TRAINED_AGENTS / options.algo / f"{options.env}_1"
+    return str(folder) if options.folder is None and (folder / WEIGHTS).is_file() else None
 
 
 @contextlib.contextmanager

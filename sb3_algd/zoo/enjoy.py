@@ -27,6 +27,7 @@ from sb3_algd.zoo.commandline import (
     default_option,
     default_to_stochastic,
     default_to_trained_agents,
+    shipped_policy,
     show_missing_agent,
 )
 from sb3_algd.zoo.exported import name_task, played_instead, take_own_options
@@ -115,11 +116,11 @@ def enjoy() -> None:
         counters[-1].model = model
 
     options = take_own_options()
-    path: str | None = options.onnx
     default_option("--algo", ALGO)
+    path: str | None = options.onnx or shipped_policy()
     if path is None:
         default_to_trained_agents()
-    else:
+    elif options.onnx:
         name_task(path)
     default_to_stochastic()
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

@@ -14,6 +14,7 @@ import rl_zoo3.enjoy
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.export.description import ExportedConstraint, ask_for_cost_key
+from sb3_algd.export.policy_file import LoadedPolicy, load_policy
 from sb3_algd.export.spaces import as_dict
 from sb3_algd.zoo.commandline import default_option, given_options
 from sb3_algd_runtime import Agent
@@ -93,7 +94,7 @@ def played_instead(path: str, envs: list[Any]) -> Iterator[None]:
 
     With a log folder (``-f``) the environment is the one of its run, with the arguments and wrappers of the training.
 
-    :param path: The ONNX file
+    :param path: The ONNX file, or the folder of a policy without pickle
     :param envs: Where the environments are that the Zoo makes, the last one counts
     """
     find, read = rl_zoo3.enjoy.get_model_path, rl_zoo3.enjoy.get_saved_hyperparams
@@ -112,11 +113,12 @@ def played_instead(path: str, envs: list[Any]) -> Iterator[None]:
         """Takes the place of the algorithm."""
 
         @staticmethod
-        def load(*args: Any, seed: int | None = None, **kwargs: Any) -> ExportedModel:
+        def load(*args: Any, seed: int | None = None, **kwargs: Any) -> ExportedModel | LoadedPolicy:
             """:param args: Not used. :param seed: Seed of the actions. :param kwargs: Not used. :return: The agent."""
             try:
-                model = ExportedModel(Agent.load(path, seed), envs[-1])
-            except ValueError as error:
+                # Actions of a policy follow PyTorch's seed, which the Zoo has set
+                model = load_policy(path) if os.path.isdir(path) else ExportedModel(Agent.load(path, seed), envs[-1])
+            except (ValueError, ImportError) as error:
                 raise SystemExit(f"{path}: {error}") from error
             envs[-1].model = model
             return model
