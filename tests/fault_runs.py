@@ -191,7 +191,8 @@ def in_process(work: Callable[[], ALGD], out: Path, prepare: Callable[[], Any] |
         except BaseException as error:  # noqa: BLE001
             result["error"] = f"{type(error).__name__}: {error}"
             result["traceback"] = traceback.format_exc()
-    result["warnings"] = [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
+    texts = [str(warning.message) for warning in caught]
+    result["warnings"] = [text for text in texts if "checkpoint" in text or "has been repaired" in text]
     out.write_text(json.dumps(result))
     os._exit(0)
 
