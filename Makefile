@@ -20,7 +20,7 @@ help:
 	@echo "make package          build wheel and source distribution in dist/ and check them"
 	@echo "make wheel-test       install the wheel in a fresh environment outside this folder and use it as a user does"
 	@echo "make faults           kill runs and damage their files, 312 faults (20 to 30 minutes); a short form is among the tests"
-	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (10 minutes)"
+	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (15 minutes)"
 	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
 	@echo "make type lint check-codestyle format commit-checks"
 
@@ -38,9 +38,9 @@ $(STAMP): setup.py $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --no-deps safety-gymnasium==1.0.0
 	@touch $@
 
-# Threads that wait give the core away: spinning, they bring training to a halt where something else runs beside it.
+# With one thread, unless OMP_NUM_THREADS says otherwise: see docs/performance.md
 train: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m sb3_algd.train $(ARGS)
+	$(BIN)/python -m sb3_algd.train $(ARGS)
 
 # One thread per worker: the networks are small, and workers that share cores only slow each other down.
 pytest: install
@@ -64,8 +64,12 @@ faults: install
 	OMP_NUM_THREADS=1 SB3_ALGD_EXAMPLES=40 SB3_ALGD_TABLE=$(ARGUMENTS) $(BIN)/python -m pytest -n $(JOBS) -q tests/test_argument_rules.py
 	@printf '| algorithm | argument | trained | refused |\n| --- | --- | --- | --- |\n'; sort $(ARGUMENTS)
 
+# What was measured is not measured again: rm -r benchmarks/results/speed to start anew
 benchmark: install
-	$(BIN)/python -m benchmarks.speed $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed $(ARGS)
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.speed --parts updates acting $(ARGS)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.speed --parts updates --models sac ve ve-compiled-bf16 $(ARGS)
+	$(BIN)/python -m benchmarks.speed --parts --page docs/performance.md
 
 type: install
 	$(BIN)/mypy

@@ -1,26 +1,26 @@
 """
-How fast ALGD updates and acts, as ratios to SB3's SAC measured in the same run.
+How fast ALGD updates and acts, beside SB3's SAC in the same process.
 
-    make benchmark                                    # everything, about 10 minutes; writes benchmarks/results/speed
-    python -m benchmarks.speed --parts updates --rounds 15
-    python -m benchmarks.speed --trained runs/Safexp-PointButton1-v0_1/model.zip   # updates in an actual training
+    make benchmark                                                        # everything, 10 to 15 minutes
+    OMP_NUM_THREADS=1 python -m benchmarks.speed --parts updates          # a part of it
+    python -m benchmarks.speed --parts --page docs/performance.md         # only print the tables, and fill the page
 
-The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, 4 cost critics, 4 score
-samples, 5 denoising steps. SAC has two hidden layers of 256, as ALGD's critics. Each model has a process of its own, as in a
-training, and they take turns, so that a machine that slows down slows all of them; the figures are medians over the rounds.
+Models take turns, so that a machine that slows down slows all of them. Each measurement is a line of a CSV as soon as it is
+made, and is not made again: a benchmark that was stopped goes on, and ``rm -r benchmarks/results/speed`` starts anew.
+
+The setting is that of the paper's Safety Gym tasks: 76 observations, 2 actions, batches of 256, and ALGD's defaults. SAC has
+two hidden layers of 256, as ALGD's critics. The constraint acts, and pulls, unless a row says otherwise.
 """
 
 import argparse
-import multiprocessing
+import csv
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -29,32 +29,44 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.compiled_sac import CompiledSAC
+from benchmarks.plot import fill_page
+from benchmarks.speed_tables import KEYS, make_tables
 from sb3_algd import ALGD, SACLag
-from sb3_algd.common.memory import keep_freed_memory
+from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 
-BATCH_SIZE = 256
-#: Changes of the standard setting for the table of growth: name -> (keyword arguments, batch size, number of constraints)
-VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "standard": ({}, 256, 1),
-    "batch 64": ({}, 64, 1),
-    "batch 1024": ({}, 1024, 1),
-    "2 denoising steps": (dict(policy_kwargs=dict(denoising_steps=2)), 256, 1),
-    "10 denoising steps": (dict(policy_kwargs=dict(denoising_steps=10)), 256, 1),
-    "1 score sample": (dict(score_kwargs=dict(n_samples=1)), 256, 1),
-    "16 score samples": (dict(score_kwargs=dict(n_samples=16)), 256, 1),
-    "1 cost critic": (dict(policy_kwargs=dict(n_cost_critics=1)), 256, 1),
-    "8 cost critics": (dict(policy_kwargs=dict(n_cost_critics=8)), 256, 1),
-    "critics 64, 64": (dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[64, 64]))), 256, 1),
-    "critics 512, 512": (dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[512, 512]))), 256, 1),
-    "3 constraints": ({}, 256, 3),
+#: What one measurement does again and again: takes a model, returns how many things were done
+Work = Callable[[Any], float]
+
+#: How updates are computed: ending of a model's name -> keyword arguments
+WAYS: dict[str, dict[str, Any]] = {
+    "": dict(compile=False, reduced_precision=False),
+    "-bf16": dict(compile=False, reduced_precision=True),
+    "-compiled": dict(compile=True, reduced_precision=False),
+    "-compiled-bf16": dict(compile=True, reduced_precision=True),
 }
+#: Variants of an update: name -> whether the constraint acts, policy_delay
+VARIANTS = {"default": (True, 2), "inactive": (False, 2), "delay 1": (True, 1)}
+#: Changes of the default setting for the table of growth: name -> keyword arguments
+GROWTH: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "batch 64": dict(batch_size=64),
+    "batch 1024": dict(batch_size=1024),
+    "10 denoising steps": dict(policy_kwargs=dict(denoising_steps=10)),
+    "16 score samples": dict(score_kwargs=dict(n_samples=16)),
+    "8 cost critics": dict(policy_kwargs=dict(n_cost_critics=8)),
+    "critics 512, 512": dict(policy_kwargs=dict(net_arch=dict(pi=[128] * 3, qf=[512, 512]))),
+    "3 constraints": dict(n_constraints=3),
+}
+N_OBSERVATIONS = (1, 64)
+#: Random steps before the first update, three episodes of them
+WARMUP = 1200
 
 
 class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
-    """Random observations and costs: an environment that takes no time.
+    """Random observations and costs, all over the limit: an environment that takes no time.
 
     :param n_constraints: Number of costs per step.
     """
@@ -63,7 +75,6 @@ class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
     action_space: spaces.Space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
     def __init__(self, n_constraints: int = 1) -> None:
-        # Every action counts as too costly: where the constraint is not active, updates are faster
         self.cost_limit = [0.0] * n_constraints
         self.cost_limit_discounted = False
 
@@ -81,301 +92,238 @@ class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(), float(action.sum()), False, False, {"cost": costs}
 
 
-def make_model(kind: str, device: str, n_constraints: int = 1, n_envs: int = 1, **kwargs: Any) -> OffPolicyAlgorithm:
+def make_model(kind: str, device: str, n_constraints: int = 1, **kwargs: Any) -> OffPolicyAlgorithm:
     """
-    :param kind: ``sac``, ``sac_lag``, ``ve`` or ``ddpm``.
+    :param kind: ``sac``, ``compiled_sac``, ``sac_lag``, ``ve`` or ``ddpm``.
     :param device: Device.
     :param n_constraints: Number of constraints.
-    :param n_envs: Number of environments.
     :param kwargs: Keyword arguments of the algorithm.
     :return: A model with a filled replay buffer, after a few updates.
     """
-    env = DummyVecEnv([lambda: gym.wrappers.TimeLimit(RandomEnv(n_constraints), 400)] * n_envs)
-    common: dict[str, Any] = dict(learning_starts=1200, buffer_size=2000, seed=0, device=device)
+    env = gym.wrappers.TimeLimit(RandomEnv(n_constraints), WARMUP // 3)
+    common: dict[str, Any] = dict(learning_starts=WARMUP, buffer_size=2 * WARMUP, seed=0, device=device, **kwargs)
     model: OffPolicyAlgorithm
     if kind == "sac":
         model = SAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256]), **common)
+    elif kind == "compiled_sac":
+        model = CompiledSAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256]), **common)
     elif kind == "sac_lag":
-        model = SACLag("MlpPolicy", env, **common, **kwargs)
+        model = SACLag("MlpPolicy", env, **common)
     else:
-        policy_kwargs = {"diffusion": kind, **kwargs.pop("policy_kwargs", {})}
-        model = ALGD("DiffusionPolicy", env, policy_kwargs=policy_kwargs, **common, **kwargs)
-    model.learn(1205)
+        policy_kwargs = {"diffusion": kind, **common.pop("policy_kwargs", {})}
+        model = ALGD("DiffusionPolicy", env, policy_kwargs=policy_kwargs, **common)
+    # Whatever is compiled is compiled here
+    model.learn(WARMUP + 5)
     return model
 
 
-def load_model(path: Path, task: str, device: str) -> OffPolicyAlgorithm:
+def model_makers(device: str) -> dict[str, Callable[[], OffPolicyAlgorithm]]:
+    """:param device: Device. :return: What makes the models of the tables of updates and of acting, by their names."""
+    makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
+    for ending, bfloat16 in (("-compiled", False), ("-compiled-bf16", True)):
+        makers[f"sac{ending}"] = partial(make_model, "compiled_sac", device, bfloat16=bfloat16)
+    for ending in ("", "-compiled-bf16"):
+        makers[f"sac_lag{ending}"] = partial(make_model, "sac_lag", device, **WAYS[ending])
+    for kind in ("ve", "ddpm"):
+        makers |= {f"{kind}{ending}": partial(make_model, kind, device, **kwargs) for ending, kwargs in WAYS.items()}
+    return makers
+
+
+def update(acts: bool, policy_delay: int, model: OffPolicyAlgorithm) -> int:
     """
-    :param path: A saved ALGD model.
-    :param task: Id of the environment that it was trained in.
-    :param device: Device.
-    :return: The model, its replay buffer filled with what it does now, after a few updates.
+    Two updates in calls of their own, as with ``gradient_steps=1``.
+
+    :param acts: Whether the constraint acts, where there is one.
+    :param policy_delay: See :class:`~sb3_algd.ALGD`.
+    :param model: The model.
+    :return: Number of updates.
     """
-    model = ALGD.load(path, env=gym.make(task), device=device, custom_objects={"learning_starts": 0, "train_freq": 2000})
-    model.learn(2000)
-    return model
+    if isinstance(model, ConstrainedOffPolicyAlgorithm):
+        model.units.acts.fill_(float(acts))
+        model.policy_delay = policy_delay
+    for _ in range(2):
+        model.train(1, model.batch_size)
+    return 2
 
 
-def wait_for(device: str) -> None:
-    """Wait until the device has done what was asked of it."""
-    if device == "cuda":
-        th.cuda.synchronize()
+def predict(n_observations: int, model: OffPolicyAlgorithm) -> int:
+    """:param n_observations: How many at once. :param model: The model. :return: Number of calls."""
+    obs = np.full((n_observations, 76), 0.5, np.float32)
+    for _ in range(10):
+        model.predict(obs[0] if n_observations == 1 else obs)
+    return 10
 
 
-def rate(function: Callable[[], Any], count: int, device: str) -> float:
+def multiply(a: th.Tensor, b: th.Tensor, model: None) -> float:
+    """:param a: Rows. :param b: Weights. :param model: None. :return: GFLOP of ten products."""
+    for _ in range(10):
+        th.bmm(a, b)
+    return 10 * 2 * a.numel() * b.shape[-1] / 1e9
+
+
+def count_operations(model: ConstrainedOffPolicyAlgorithm) -> float:
+    """:param model: A model, which is no longer compiled after this. :return: GFLOP of an update's matrix products."""
+    model._compiled = {}
+    with FlopCounterMode(display=False) as counter:
+        n_updates = update(*VARIANTS["default"], model)
+    return counter.get_total_flops() / n_updates / 1e9
+
+
+class Row(NamedTuple):
+    """One row of a table, or a cell of it."""
+
+    what: str
+    variant: str
+    #: Makes the model, and what is done with it
+    make: Callable[[], Any]
+    work: Work
+
+
+def update_rows(device: str) -> list[Row]:
+    """:param device: Device. :return: What the tables of updates are of, and the products that are their floor."""
+    rows = []
+    for name, make in model_makers(device).items():
+        variants = ("default",) if name.startswith("sac-") or name == "sac" else VARIANTS
+        rows += [Row(name, variant, make, partial(update, *VARIANTS[variant])) for variant in variants]
+    a, b = th.rand(4, 5 * 256, 256, device=device), th.rand(4, 256, 256, device=device)
+    for dtype in (th.float32, th.bfloat16):
+        # The critics' largest product: four of them, five actions per state
+        work = partial(multiply, a.to(dtype), b.to(dtype))
+        rows.append(Row("products", str(dtype).removeprefix("torch."), lambda: None, work))
+    return rows
+
+
+def acting_rows(device: str) -> list[Row]:
+    """:param device: Device. :return: What the table of acting is of."""
+    makers = model_makers(device)
+    return [Row(name, str(n), makers[name], partial(predict, n)) for name in ("sac", "ve", "ddpm") for n in N_OBSERVATIONS]
+
+
+def growth_rows(device: str) -> list[Row]:
+    """:param device: Device. :return: What the table of growth is of."""
+    make = partial(make_model, "ve", device, **WAYS["-compiled-bf16"])
+    return [
+        Row("ve-compiled-bf16", name, partial(make, **kwargs), partial(update, *VARIANTS["default"]))
+        for name, kwargs in GROWTH.items()
+    ]
+
+
+PARTS = {"updates": update_rows, "acting": acting_rows, "growth": growth_rows}
+
+
+def rate(work: Callable[[], float], seconds: float) -> float:
     """
-    :param function: Does ``count`` things.
-    :param count: How many.
-    :param device: Device that works on them.
+    :param work: Does things, and says how many.
+    :param seconds: How long to go on.
     :return: Things per second.
     """
-    wait_for(device)
+    done = 0.0
     start = time.perf_counter()
-    function()
-    wait_for(device)
-    return count / (time.perf_counter() - start)
+    while (elapsed := time.perf_counter() - start) < seconds or done == 0:
+        done += work()
+        if th.cuda.is_available():
+            th.cuda.synchronize()
+    return done / elapsed
 
 
-class ModelProcess:
+class Measurements:
     """
-    A model in a process of its own, which does nothing until it is asked.
+    All that was measured, a line of a CSV each.
 
-    :param make: Makes the model.
-    :param device: Device.
+    :param folder: Where it is kept.
+    :param place: Device, threads, and what waiting threads do.
     """
 
-    def __init__(self, make: Callable[[], OffPolicyAlgorithm], device: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make, device, th.get_num_threads()), daemon=True).start()
-        # Or a process that ends would leave this one waiting for ever
-        theirs.close()
-        self._connection.recv()
+    def __init__(self, folder: Path, place: tuple[str, int, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file, self._place = folder / "measurements.csv", tuple(map(str, place))
+        if not self._file.exists():
+            self._append([*KEYS, "value"])
+        with self._file.open() as file:
+            self._known = {tuple(line[:-1]) for line in csv.reader(file)}
 
-    def rate(self, work: Callable[[OffPolicyAlgorithm, int], None], count: int) -> float:
-        """
-        :param work: Does something with the model that many times.
-        :param count: How many times.
-        :return: Times per second.
-        """
-        self._connection.send((work, count))
-        return self._connection.recv()
+    def _append(self, line: Sequence[str]) -> None:
+        with self._file.open("a") as file:
+            csv.writer(file, lineterminator="\n").writerow(line)
 
+    def has(self, *key: str) -> bool:
+        """:param key: Part, what, variant and round. :return: Whether it was measured here."""
+        return (*self._place, *key) in self._known
 
-def _serve(connection: Connection, make: Callable[[], OffPolicyAlgorithm], device: str, threads: int) -> None:
-    """What runs in the process of a model."""
-    th.set_num_threads(threads)
-    model = make()
-    connection.send(None)
-    # Until the other side is closed
-    with suppress(EOFError):
-        while True:
-            work, count = connection.recv()
-            connection.send(rate(partial(work, model, count), count, device))
+    def add(self, *key: str, value: float) -> None:
+        """:param key: Part, what, variant and round. :param value: What was measured."""
+        self._append([*self._place, *key, f"{value:.6g}"])
 
 
-def train(model: OffPolicyAlgorithm, count: int) -> None:
-    """Updates in one call."""
-    model.train(count, BATCH_SIZE)
-
-
-def train_one_by_one(model: OffPolicyAlgorithm, count: int) -> None:
-    """Updates in a call each, as with ``gradient_steps=1``, the default of both."""
-    for _ in range(count):
-        model.train(1, BATCH_SIZE)
-
-
-def predict(n_observations: int, model: OffPolicyAlgorithm, count: int) -> None:
-    """Actions for several observations at once, or for a single one."""
-    obs = np.random.default_rng(0).uniform(-1.0, 1.0, (n_observations, 76)).astype(np.float32)
-    obs = obs[0] if n_observations == 1 else obs
-    for _ in range(count):
-        model.predict(obs)
-
-
-def learn(gradient_steps: int, model: OffPolicyAlgorithm, count: int) -> None:
-    """Environment steps in one call of ``learn``, with so many updates after each step of all environments."""
-    model.gradient_steps = gradient_steps
-    model.learn(count, reset_num_timesteps=False)
-
-
-def make_sac_that_keeps_memory(device: str) -> OffPolicyAlgorithm:
-    """SAC with the setting of the C library that ALGD makes."""
-    keep_freed_memory()
-    return make_model("sac", device)
-
-
-def compare(tasks: Mapping[str, Callable[[], float]], rounds: int, reference: str) -> pd.DataFrame:
+def measure(part: str, rows: list[Row], rounds: int, seconds: float, results: Measurements) -> None:
     """
-    :param tasks: Name -> one measurement of its rate.
-    :param rounds: How often all take a turn.
-    :param reference: Name of the task that the others are divided by.
-    :return: One row a task: median rate, and median over the rounds of the ratio to the reference.
+    Measure what is missing, in turns.
+
+    :param part: Part of the benchmark.
+    :param rows: What it is of.
+    :param rounds: How often each takes a turn.
+    :param seconds: Length of a turn.
+    :param results: What is there, and where the rest goes.
     """
-    rates = pd.DataFrame([{name: measure() for name, measure in tasks.items()} for _ in range(rounds)])
-    ratios = rates.div(rates[reference], axis=0)
-    return pd.DataFrame(
-        {
-            "per second": rates.median(),
-            f"ratio to {reference}": ratios.median(),
-            "lowest": ratios.min(),
-            "highest": ratios.max(),
-        }
-    ).rename_axis("what")
+    missing = [(row, str(n)) for n in range(rounds) for row in rows if not results.has(part, row.what, row.variant, str(n))]
+    models: dict[Callable[[], Any], Any] = {}
+    for row, _ in missing:
+        if row.make not in models:
+            start = time.perf_counter()
+            models[row.make] = row.make()
+            # Or what it is slowed down by at first would count for the first round
+            row.work(models[row.make])
+            print(f"{part}: {row.what}, {row.variant} made in {time.perf_counter() - start:.0f} s", flush=True)
+    for row, n in missing:
+        results.add(part, row.what, row.variant, n, value=rate(partial(row.work, models[row.make]), seconds))
+    for row in rows if part == "growth" else []:
+        if row.make in models and not results.has("GFLOP", row.what, row.variant, "0"):
+            results.add("GFLOP", row.what, row.variant, "0", value=count_operations(models[row.make]))
 
 
-def measure_updates(rounds: int, device: str, chosen: list[str] | None = None) -> pd.DataFrame:
-    """Gradient updates per second, at the standard setting; of the chosen models, beside SAC, or of all."""
-    makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
-    if device == "cpu":
-        makers["sac, freed memory kept"] = partial(make_sac_that_keeps_memory, device)
-    makers["sac_lag"] = partial(make_model, "sac_lag", device)
-    for kind in ("ve", "ddpm"):
-        make = partial(make_model, kind, device)
-        makers[f"algd-{kind}"] = partial(make, compile=False)
-        makers[f"algd-{kind}, constraint not active"] = partial(make, compile=False, cost_limit=1e6)
-        for precision, reduced in (("float32", False), ("bfloat16", True)):
-            makers[f"algd-{kind}, compiled, {precision}"] = partial(make, compile=True, reduced_precision=reduced)
-        makers[f"algd-{kind}, compiled, bfloat16, constraint not active"] = partial(
-            make, compile=True, reduced_precision=True, cost_limit=1e6
-        )
-    names = [name for name in makers if chosen is None or name in ("sac", *chosen)]
-    models = {name: ModelProcess(makers[name], device) for name in names}
-    count = 200 if device == "cuda" else 20
-    tasks = {name: partial(model.rate, train, count) for name, model in models.items()}
-    for name in ("sac", "algd-ve"):
-        if name in models:
-            tasks[f"{name}, one per call"] = partial(models[name].rate, train_one_by_one, count)
-    return compare(tasks, rounds, "sac")
-
-
-def measure_trained(paths: list[Path], task: str, rounds: int, device: str) -> pd.DataFrame:
-    """Gradient updates per second of trained models, in what they have come to."""
-    makers: dict[str, Callable[[], OffPolicyAlgorithm]] = {"sac": partial(make_model, "sac", device)}
-    makers |= {f"model {i}, {path.stem}": partial(load_model, path, task, device) for i, path in enumerate(paths)}
-    models = {name: ModelProcess(make, device) for name, make in makers.items()}
-    return compare({name: partial(model.rate, train, 20) for name, model in models.items()}, rounds, "sac")
-
-
-def measure_predictions(rounds: int, device: str) -> pd.DataFrame:
-    """Calls of ``predict`` per second, for several numbers of observations at once."""
-    kinds = {"sac": "sac", "algd-ve": "ve", "algd-ddpm": "ddpm"}
-    models = {name: ModelProcess(partial(make_model, kind, device), device) for name, kind in kinds.items()}
-    tables = []
-    for n_observations in (1, 8, 64, 1024):
-        count = 200 if n_observations < 1024 else 40
-        work = partial(predict, n_observations)
-        table = compare({name: partial(model.rate, work, count) for name, model in models.items()}, rounds, "sac")
-        tables.append(table.reset_index().assign(observations=n_observations))
-    return pd.concat(tables).set_index(["observations", "what"])
-
-
-def measure_learning(rounds: int, device: str) -> pd.DataFrame:
-    """Environment steps of ``learn`` per second with several environments, without updates and with one for each step."""
-    kinds = {"sac": "sac", "algd-ve": "ve", "algd-ddpm": "ddpm"}
-    tables = []
-    for n_envs in (1, 8, 32):
-        models = {name: ModelProcess(partial(make_model, kind, device, 1, n_envs), device) for name, kind in kinds.items()}
-        for what, gradient_steps, count in (("no updates", 0, 640), ("gradient_steps=-1", -1, 64)):
-            work = partial(learn, gradient_steps)
-            table = compare({name: partial(model.rate, work, count) for name, model in models.items()}, rounds, "sac")
-            tables.append(table.reset_index().assign(environments=n_envs, updates=what))
-    return pd.concat(tables).set_index(["environments", "updates", "what"])
-
-
-def measure_growth(rounds: int, device: str) -> pd.DataFrame:
-    """Time of an update of the VE type as one quantity of the setting changes, with the floor that its operations set."""
-    products = measure_products(device)
-    count = 10
-    rows = []
-    for name, (kwargs, batch_size, n_constraints) in VARIANTS.items():
-        model = make_model("ve", device, n_constraints, **kwargs)
-        update = partial(model.train, count, batch_size)
-        seconds = np.median([1.0 / rate(update, count, device) for _ in range(rounds)])
-        with FlopCounterMode(display=False) as counter:
-            model.train(1, batch_size)
-        operations = counter.get_total_flops()
-        rows.append(
-            {
-                "setting": name,
-                "ms per update": 1e3 * seconds,
-                "GFLOP per update": operations / 1e9,
-                "floor, ms": 1e3 * operations / products,
-            }
-        )
-    table = pd.DataFrame(rows).set_index("setting")
-    table.insert(1, "ratio to standard", table["ms per update"] / table.loc["standard", "ms per update"])
-    table["time / floor"] = table["ms per update"] / table["floor, ms"]
-    return table
-
-
-def measure_products(device: str) -> float:
-    """Floating-point operations per second of a matrix product of the size that updates have."""
-    a, b = th.rand(5 * BATCH_SIZE, 256, device=device), th.rand(256, 256, device=device)
-    count = 200
-    rates = [rate(lambda: [a @ b for _ in range(count)], count, device) for _ in range(7)]
-    return float(np.median(rates)) * 2 * a.shape[0] * 256 * 256
-
-
-def describe_machine(device: str, rounds: int) -> pd.DataFrame:
-    """What the figures were measured on."""
-    processor = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        processor = next(
-            (line.split(": ")[1] for line in cpu_info.read_text().splitlines() if "model name" in line), processor
-        )
-    facts = {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads of PyTorch": th.get_num_threads(),
-        "vector unit": th.backends.cpu.get_cpu_capability(),
+def describe_machine(device: str) -> dict[str, str]:
+    """:param device: Device. :return: What the figures were measured on."""
+    cpu_info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(": ")[1] for line in cpu_info if "model name" in line]
+    units = [
+        "AMX" if th.cpu._is_amx_tile_supported() else "no AMX",
+        *(["AVX512-BF16"] if th.cpu._is_avx512_bf16_supported() else []),
+        th.backends.cpu.get_cpu_capability(),
+    ]
+    return {
+        "processor": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
+        "units": ", ".join(units),
         "device": th.cuda.get_device_name() if device == "cuda" else "cpu",
-        "PyTorch": th.__version__,
-        "Python": platform.python_version(),
-        "GFLOP/s of a (1280, 256) x (256, 256) product": round(measure_products(device) / 1e9),
-        "load of the machine before": os.getloadavg()[0],
-        "rounds": rounds,
+        "PyTorch": f"{th.__version__}, Python {platform.python_version()}",
+        f"load of the machine before, OMP_NUM_THREADS={th.get_num_threads()}": f"{os.getloadavg()[0]:.2f}",
     }
-    return pd.DataFrame({"value": facts}).rename_axis("fact")
 
 
-PARTS: dict[str, Callable[[int, str], pd.DataFrame]] = {
-    "updates": measure_updates,
-    "predictions": measure_predictions,
-    "learning": measure_learning,
-    "growth": measure_growth,
-}
-
-
-def main() -> None:
-    """Measure, print and store."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """:param arguments: Those of the command line if None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="What to measure")
-    parser.add_argument("--rounds", type=int, default=9, help="Number of alternating rounds")
-    parser.add_argument("--threads", type=int, default=None, help="Threads of PyTorch (its own choice by default)")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--models", nargs="+", help="measure these only, all if left out")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.3, help="length of a measurement")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed")
-    parser.add_argument("--models", nargs="+", help="Measure updates of these rows only, and of SAC")
-    parser.add_argument("--trained", nargs="+", type=Path, default=[], help="Measure updates of these saved models instead")
-    parser.add_argument("--task", default="Safexp-PointButton1-v0", help="What the models of --trained were trained in")
-    args = parser.parse_args()
-    if args.threads:
-        th.set_num_threads(args.threads)
-    out = args.out / f"{args.device}-{th.get_num_threads()}threads"
-    out.mkdir(parents=True, exist_ok=True)
-    parts = {part: partial(PARTS[part], args.rounds, args.device) for part in args.parts}
-    if args.models:
-        parts = {"updates": partial(measure_updates, args.rounds, args.device, args.models)}
-    if args.trained:
-        parts = {"trained": partial(measure_trained, args.trained, args.task, args.rounds, args.device)}
-    for part, measure in parts.items():
-        # Anew for each part, because the machine may be a shared one
-        machine = describe_machine(args.device, args.rounds)
-        table = measure()
-        for name, content in ((f"{part}-machine", machine), (part, table)):
-            content.to_csv(out / f"{name}.csv", float_format="%.4g")
-            print(f"\n{name}\n{content.to_string(float_format='{:.3g}'.format)}", flush=True)
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables are replaced by those of --out")
+    args = parser.parse_args(arguments)
+    waiting = os.environ.get("OMP_WAIT_POLICY", "default").lower()
+    results = Measurements(args.out, (args.device, th.get_num_threads(), waiting))
+    if args.parts:
+        machine = args.out / "machine.csv"
+        facts = pd.read_csv(machine, index_col=0)["value"].to_dict() if machine.exists() else {}
+        pd.Series({**facts, **describe_machine(args.device)}, name="value").rename_axis("fact").to_csv(machine)
+    for part in args.parts:
+        rows = [row for row in PARTS[part](args.device) if args.models is None or row.what in args.models]
+        measure(part, rows, args.rounds, args.seconds, results)
+    tables = make_tables(args.out)
+    for heading, text in tables.items():
+        print(f"{heading}\n\n{text}\n")
+    if args.page:
+        fill_page(args.page, tables)
 
 
 if __name__ == "__main__":

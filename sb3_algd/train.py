@@ -10,6 +10,7 @@ The first ten minutes: train ALGD on a safety task, and leave the model, its lea
 import argparse
 import contextlib
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +35,6 @@ from sb3_algd.common.evaluation import describe_evaluation
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
 
-# The networks are small: more threads than this wait for each other longer than they compute
-MAX_THREADS = 4
 N_FINAL_EPISODES = 50
 #: Episodes of an evaluation while training
 N_EPISODES = 20
@@ -318,7 +317,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (gym.error.Error, ImportError, ValueError) as error:
         raise SystemExit(f"--env {args.env}: {' '.join(str(error).split())}") from None
     started = time.monotonic()
-    th.set_num_threads(min(th.get_num_threads(), MAX_THREADS))
+    # The networks are small. Compiled updates are slower with two threads, which wait for each other, and eager ones hardly
+    # faster; beside another busy process they come to a halt
+    if "OMP_NUM_THREADS" not in os.environ:
+        th.set_num_threads(1)
     folder = new_folder(args.out, args.env)
     name = ALGORITHMS[args.algo][0].__name__
     print(f"Training {name} on {args.env}: {args.steps} steps or {args.minutes:g} minutes, whichever comes first")

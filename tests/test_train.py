@@ -200,3 +200,19 @@ def test_a_training_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypat
     with pytest.raises(RuntimeError, match="no room"):
         train.main([*SHORT, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given, expected", [(None, [1]), ("2", [])])
+def test_it_has_one_thread_unless_it_is_given_more(
+    given: str | None, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    chosen: list[int] = []
+    monkeypatch.setattr(train.th, "set_num_threads", chosen.append)
+    monkeypatch.setattr(train, "train_as_asked", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*SHORT, "--out", str(tmp_path)])
+    assert chosen == expected
