@@ -56,9 +56,9 @@ def measure(model: ConstrainedOffPolicyAlgorithm, args: argparse.Namespace, dete
     :return: What was measured, by column
     """
     env = make_envs(args.env, min(args.episodes, args.n_envs), seed=args.seed)
-    raw = np.asarray(env.reset())[0]
     th.manual_seed(args.seed)
     returns, _, costs = evaluate_policy(model, env, args.episodes, deterministic, return_episode_rewards=True, warn=False)
+    raw = np.asarray(env.reset())[0]
     env.close()
     verdict = constraint_verdict(costs, model.cost_limit)
     with tempfile.TemporaryDirectory() as folder:
