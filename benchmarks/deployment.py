@@ -1,12 +1,10 @@
 """
-Whether exported policies act as their models do, how fast, and what the best of several candidates does.
+Whether exported policies act as their models do, and how fast.
 
     python -m benchmarks.deployment
-    python -m benchmarks.deployment --model trained_agents/algd/TwoModes-v0_1/TwoModes-v0.zip --env TwoModes-v0 --episodes 100
 
-The first prints the largest difference between ``Agent.act`` and ``predict`` with the same noise, for each kind of policy, and
-the time of one action in both, measured in turns in this process. The second plays a saved model with N candidates per state.
-Both print Markdown.
+Prints a Markdown table: the largest difference between ``Agent.act`` and ``predict`` with the same noise, for each kind of
+policy, and the time of one action in both, measured in turns in this process.
 """
 
 import argparse
@@ -23,10 +21,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from benchmarks.toy import TASK, mode_shares
-from sb3_algd import ALGD, SACLag, constraint_verdict, evaluate_policy
+from sb3_algd import ALGD, SACLag
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from sb3_algd.common.recorder import make_envs
 from sb3_algd.export import export_onnx
 from sb3_algd_runtime import Agent
 
@@ -46,7 +42,6 @@ OBSERVATIONS: dict[str, tuple[str, spaces.Space, list[str] | None]] = {
     ),
     "image": ("CnnPolicy", spaces.Box(0, 255, (64, 64, 3), np.uint8), None),
 }
-N_CANDIDATES = (1, 4, 16, 32)
 ROUNDS, CALLS = 100, 10
 
 
@@ -157,69 +152,14 @@ def compare_kinds(kinds: Sequence[str], folder: Path) -> None:
                 print_row(kind, name, "yes" if normalize else "no", *cells)
 
 
-def play(model: ConstrainedOffPolicyAlgorithm, task: str, args: argparse.Namespace, deterministic: bool) -> list[str]:
-    """
-    :param model: The model
-    :param task: Gymnasium id
-    :param args: The options
-    :param deterministic: Whether actions are deterministic
-    :return: Return, cost and verdict, as cells
-    """
-    env = make_envs(task, min(args.episodes, args.n_envs), seed=args.seed)
-    if args.vec_normalize is not None:
-        env = VecNormalize.load(str(args.vec_normalize), env)
-        env.training = env.norm_reward = False
-    th.manual_seed(args.seed)
-    returns, _, costs = evaluate_policy(model, env, args.episodes, deterministic, return_episode_rewards=True, warn=False)
-    env.close()
-    verdict = constraint_verdict(costs, model.cost_limit)
-    parts = [f"{verdict.mean[i]:.2f} +/- {verdict.std[i]:.2f} ({verdict.interval(i)})" for i in range(model.n_constraints)]
-    return [f"{np.mean(returns):.2f} +/- {np.std(returns):.2f}", "; ".join(parts), verdict.outcome]
-
-
-def compare_candidates(args: argparse.Namespace, folder: Path) -> None:
-    """:param args: The options. :param folder: Where the exported files go."""
-    algorithm: Any = {"algd": ALGD, "sac_lag": SACLag}[args.algo]
-    model: ConstrainedOffPolicyAlgorithm = algorithm.load(args.model, device="cpu", buffer_size=1, optimize_memory_usage=False)
-    env = make_envs(args.env, 1, seed=args.seed)
-    raw = np.asarray(env.reset())[0]
-    normalizer = None if args.vec_normalize is None else VecNormalize.load(str(args.vec_normalize), env)
-    limits = ", ".join(f"{limit:g}" for limit in model.cost_limit)
-    print(f"{args.model} on {args.env}: {args.episodes} episodes, limit {limits}")
-    modes = ["left mode", "right mode"] if args.env == TASK else []
-    print_row("actions", "return", "cost", "verdict", "`predict`, µs", "exported, µs", *modes)
-    print_row(*["---"] * (6 + len(modes)))
-    for n in args.candidates:
-        model.policy.n_candidates = n
-        outcome = play(model, args.env, args, deterministic=False)
-        export_onnx(model, folder / "agent.onnx", vec_normalize=normalizer)
-        agent = Agent.load(folder / "agent.onnx", seed=0)
-        times = microseconds(partial(predict, model, raw, normalizer), partial(agent.act, raw))
-        shares = [f"{share:.2f}" for share in mode_shares(model)] if modes else []
-        print_row(f"stochastic, N = {n}", *outcome, *(f"{value:.0f}" for value in times), *shares)
-    model.policy.n_candidates = 1
-    print_row("deterministic", *play(model, args.env, args, deterministic=True), *[""] * (2 + len(modes)))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """:param arguments: Those of the command line if None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a saved model; without it kinds of policies are compared")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="of these only the ones named are compared")
-    parser.add_argument("--env", default=TASK, help="the model's task")
-    parser.add_argument("--algo", default="algd", choices=["algd", "sac_lag"])
-    parser.add_argument("--vec-normalize", type=Path, metavar="FILE", help="saved statistics that the model was trained with")
-    parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--n-envs", type=int, default=20, help="environments that are played at once")
-    parser.add_argument("--candidates", type=int, nargs="+", default=list(N_CANDIDATES))
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of these only the ones named")
     args = parser.parse_args(arguments)
     th.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        if args.model is None:
-            compare_kinds(args.kinds or list(KINDS), Path(folder))
-        else:
-            compare_candidates(args, Path(folder))
+        compare_kinds(args.kinds, Path(folder))
 
 
 if __name__ == "__main__":

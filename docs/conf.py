@@ -35,6 +35,8 @@ autodoc_mock_imports = [
 
 html_theme = "furo"
 html_title = f"sb3_algd {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 copybutton_exclude = ".linenos, .gp, .go"
 # GitHub shows a level that is left out as well
 suppress_warnings = ["myst.header"]

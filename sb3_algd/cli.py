@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print("usage: sb3-algd <command> [options]\n\n<command> --help tells its options. --version tells the version.\n")
         print("\n".join(f"  {name:16}{command.description}" for name, command in COMMANDS.items()))
-        print('\nAll of them but envs need the extra zoo: pip install "sb3_algd[zoo]"; export also needs the extra deploy')
         print('\nAll of them but envs and compare need the extra zoo: pip install "sb3_algd[zoo]"')
+        print("compare also needs matplotlib, export the extra deploy")
         return
     if name not in COMMANDS:
         raise SystemExit(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}.")

@@ -26,6 +26,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert told.startswith(f"sb3_algd {sb3_algd.__version__}\nusage: sb3-algd <command>")
     assert all(f"  {name}" in told for name in cli.COMMANDS)
+    assert told.count("the extra zoo") == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 
-from benchmarks import deployment, verdict
+from benchmarks import candidates, deployment, verdict
 from tests.conftest import SMALL, make_model
 
 
@@ -35,15 +35,21 @@ def test_kinds_of_policies_are_compared(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.usefixtures("quick")
 def test_candidates_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model(gym.make("TwoModes-v0"), cost_limit=None).save(tmp_path / "model")
-    deployment.main(["--model", str(tmp_path / "model.zip"), "--episodes", "3", "--n-envs", "2", "--candidates", "1", "4"])
-    header, *table = rows(capsys)
-    assert [row[0] for row in table] == ["stochastic, N = 1", "stochastic, N = 4", "deterministic"]
-    assert all(len(row) == len(header) for row in table)
-    returns = [row[1] for row in table]
-    assert len(set(returns)) == 3
+    make_model(gym.make("TwoModes-v0"), cost_limit=None).save(tmp_path / "seed0")
+    command = ["--models", str(tmp_path / "seed0.zip"), "--env", "TwoModes-v0", "--out", str(tmp_path)]
+    command += ["--episodes", "3", "--n-envs", "2", "--candidates"]
+    candidates.main([*command, "4"])
+    header, *before = rows(capsys)
+    # What is measured is not measured again
+    candidates.main([*command, "1", "4"])
+    _, *table = rows(capsys)
+    assert table[:2] == before
+    assert [row[1] for row in table] == ["stochastic, N = 4", "deterministic", "stochastic, N = 1"]
+    assert all(row[0] == f"{tmp_path.name}/seed0" and len(row) == len(header) for row in table)
+    assert len({row[3] for row in table}) == len(table)
     # All push, to some side
-    assert all(0.0 <= float(row[-2]) + float(row[-1]) <= 1.0 for row in table[:2])
+    assert all(0.0 <= float(left) + float(right) <= 1.0 for *_, left, right in (table[0], table[2]))
+    assert table[1][-2:] == ["", ""]
 
 
 def test_how_often_verdicts_hold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,10 @@ def test_licence_and_links(metadata: PackageMetadata) -> None:
     assert values(metadata, "License-Expression") == ["MIT"]
     assert values(metadata, "License-File") == ["LICENSE"]
     assert not [text for text in values(metadata, "Classifier") if text.startswith("License")]
-    # A repository is named once it is published, in CITATION.cff
-    published = "repository-code" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert values(metadata, "Version") == re.findall(r"^version: (.+)$", citation, re.MULTILINE)
+    # A repository is named once it is published
+    published = "repository-code" in citation
     names = {text.split(",")[0] for text in values(metadata, "Project-URL")}
     assert names == ({"Paper", "Homepage", "Issues", "Changelog"} if published else {"Paper"})
 
