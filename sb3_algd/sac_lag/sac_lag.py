@@ -73,7 +73,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
         ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
         the limit (nothing where ``multiplier_signal`` is ``"buffer"``). With ``"pointwise"`` it is the paper's rho (1 there),
-        per unit of the energy, see ``normalize``
+        per unit of the energy, see ``normalize``; it wants to be smaller then, about 0.1
     :param constraint_start: Share of the training, from 0 to 1, after which the constraint begins to act; until then the
         policy learns without it. Once it acts it goes on to, also in a later ``learn()``. With 0 (the paper's) the
         multiplier moves from the first episode on; ``init_value`` in ``multiplier_kwargs`` gives pressure before that
