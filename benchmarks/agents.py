@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from sb3_algd import ALGD
 from sb3_algd.common.recorder import make_envs
 from sb3_algd.export import export_policy
@@ -23,10 +25,10 @@ N_EPISODES, N_ENVS = 100, 20
 SEED = 2_000_000
 HEADING = f"""# Agents that come with the package
 
-Policies alone, loaded without pickle. `sb3-algd enjoy --env <task>` plays them. They were trained with ALGD's defaults (VE).
-Return and cost are those of {N_EPISODES} stochastic episodes, with seeds of their own.
+Policies alone, loaded without pickle. `sb3-algd enjoy --env <task>` plays them. They were trained with ALGD's defaults (VE) but for
+`rho`. Return and cost are those of {N_EPISODES} stochastic episodes, with seeds of their own.
 
-| task | steps, seed | return | cost |
+| task | steps, seed, `rho` | return | cost |
 | --- | --- | --- | --- |
 """
 
@@ -44,7 +46,7 @@ def keep(path: Path, folder: Path) -> None:
     print(f"{path}: return {results['mean_return']:.1f}, cost {results['verdict']}", flush=True)
     if not str(results["verdict"]).startswith("within"):
         return
-    results.update(steps=model.num_timesteps, seed=model.seed)
+    results.update(steps=model.num_timesteps, seed=model.seed, rho=float(np.max(model.rho)))
     export_policy(model, folder / ALGO / f"{task}_1", task=task, results=results)
 
 
@@ -55,7 +57,7 @@ def table(folder: Path) -> str:
         described = json.loads(config.read_text(encoding="utf-8"))
         results = described["results"]
         rows.append(
-            f"| {described['task']} | {results['steps']:,}, {results['seed']} "
+            f"| {described['task']} | {results['steps']:,}, {results['seed']}, {results['rho']:g} "
             f"| {results['mean_return']:.1f} ± {results['std_return']:.1f} | {results['verdict']} |"
         )
     return HEADING + "\n".join(rows) + "\n"

@@ -316,5 +316,7 @@ def test_only_agents_within_their_limit_are_kept(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(sys, "argv", ["", str(path), "--out", str(tmp_path)])
         agents.main()
         assert json.loads((tmp_path / "algd" / "TwoModes-v0_1" / "config.json").read_text())["results"]["seed"] == 0
-    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| TwoModes-v0 | 0, 0 | ")]
+    rows = [
+        line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| TwoModes-v0 | 0, 0, 0.5 |")
+    ]
     assert len(rows) == 1 and "within the limit" in rows[0]
