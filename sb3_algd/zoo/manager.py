@@ -180,6 +180,10 @@ class CostExperimentManager(ExperimentManager):
         return hyperparams
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if hyperparams.get("multiplier_kwargs"):
+            # A configuration has it for new agents; this one's multiplier goes on from its value
+            kept = {name: value for name, value in hyperparams["multiplier_kwargs"].items() if name != "init_value"}
+            hyperparams = {**hyperparams, "multiplier_kwargs": kept}
         model = super()._load_pretrained_agent(hyperparams, env)
         if isinstance(model, ConstrainedOffPolicyAlgorithm):
             # rl_zoo3 2.9.2 starts to count steps anew, and with them the warm-up. A trained policy acts itself then,
