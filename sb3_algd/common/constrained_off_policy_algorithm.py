@@ -367,7 +367,7 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             parameters["lagrange_multiplier"]["in_log_space"] = th.tensor(0.0)
         if isinstance(self.lagrange_multiplier, EpisodeController):
             parameters.pop("lagrange_multiplier.optimizer", None)
-        before = copy.deepcopy(self.get_parameters())
+        before: dict[str, Any] = copy.deepcopy(self.get_parameters())
         try:
             super().set_parameters(parameters, exact_match, device)
         except Exception:

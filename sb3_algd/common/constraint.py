@@ -208,11 +208,14 @@ class HorizonCheck:
         if len(self._lengths) < self.N_EPISODES:
             return False
         length = self._lengths[0]
-        assumed, right = (budget_per_unit_cost(t, cost_gamma) / budget_per_unit_cost(t, limit_gamma) for t in (horizon, length))
-        if assumed != right:
+        in_budget, in_limit = (
+            budget_per_unit_cost(horizon, gamma) / budget_per_unit_cost(length, gamma) for gamma in (cost_gamma, limit_gamma)
+        )
+        if in_budget != in_limit:
             warn_user(
                 f"The environment ends its episodes after {length} steps, but a horizon of {horizon} steps is assumed: the "
-                f"budget of the cost critics is {assumed / right:.2g} times what the cost limit allows. Give episode_length={length}."
+                f"budget of the cost critics is {in_budget / in_limit:.2g} times what the cost limit allows. "
+                f"Give episode_length={length}."
             )
         return True
 

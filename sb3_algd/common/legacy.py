@@ -74,16 +74,15 @@ def saved_space(path: Any) -> str:
 
 def adopt_saved(attributes: dict[str, Any]) -> None:
     """
-    Give the attributes of a loaded model what was given to ``load()``, and their names of today, in place; those of a new model
-    stay as they are.
+    Give the attributes of a loaded model the entries that were given to ``load()``, and their names of today, in place; those
+    of a new model stay as they are.
 
     :param attributes: ``__dict__`` of a model.
     :raises ValueError: If one discount factor was given, which the file does not tell from another.
     """
     given_to_load = attributes.pop("_given_to_load", {})
-    for name in MERGED:
-        if given_to_load.get(name) is not None:
-            attributes[name] = {**(attributes[name] or {}), **given_to_load[name]}
+    merged = [name for name in MERGED if given_to_load.get(name) is not None]
+    attributes.update({name: {**(attributes[name] or {}), **given_to_load[name]} for name in merged})
     if "multiplier_init" not in attributes:
         return
     if "cost_gamma" in given_to_load and "cost_limit_gamma" not in given_to_load:
