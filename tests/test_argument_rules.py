@@ -22,7 +22,7 @@ from sb3_algd import ALGD, SACLag
 from sb3_algd.common.arguments import ARGUMENTS, Rule, check_arguments, constructor_arguments, whole
 from sb3_algd.common.buffers import CostReplayBuffer
 from sb3_algd.common.lagrange import EpisodeController
-from tests.conftest import Algorithm, make_env, make_model_of, same, weights
+from tests.conftest import Algorithm, make_env, make_model, make_model_of, same, weights
 
 #: Not values but objects, of which SB3 says what they must be
 WITHOUT_RULE = {"policy", "env", "tensorboard_log", "device", "_init_setup_model"}
@@ -291,6 +291,36 @@ def test_what_moves_the_multiplier_can_be_changed_to_episodes_but_not_back(tmp_p
         algorithm.load(tmp_path / "controlled", multiplier_signal="buffer")
     with pytest.raises(ValueError, match="`multiplier_signal` must be 'episodes', as the multiplier was saved"):
         paper.set_parameters(str(tmp_path / "controlled"))
+
+
+def test_entries_that_are_given_to_load_leave_the_others(tmp_path: Path) -> None:
+    kwargs = dict(init_value=1.0, learning_rate=1e-3, confidence=3.0)
+    make_model(multiplier_kwargs=kwargs, score_kwargs=dict(temperature=0.5)).save(tmp_path / "model")
+    given = dict(max_value=8.0)
+    loaded = ALGD.load(tmp_path / "model", multiplier_kwargs=given, score_kwargs=dict(n_samples=2))
+    assert loaded.multiplier_kwargs == {**kwargs, **given} and given == dict(max_value=8.0)
+    assert loaded.score_kwargs == dict(temperature=0.5, n_samples=2)
+    assert isinstance(loaded.lagrange_multiplier, EpisodeController) and loaded.lagrange_multiplier.confidence == 3.0
+    assert ALGD.load(tmp_path / "model", multiplier_kwargs=None).multiplier_kwargs is None
+    with pytest.raises(ValueError, match=r"`multiplier_kwargs` must have no 'init_value' in load\(\).* Leave it out"):
+        ALGD.load(tmp_path / "model", multiplier_kwargs=dict(init_value=3.0))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(policy_kwargs=dict(net_arch=[8], layer_norm=False)),
+        dict(multiplier_kwargs=dict(max_value=0.5)),
+        dict(multiplier_signal="buffer"),
+    ],
+)
+def test_parameters_that_are_refused_change_nothing(kwargs: dict[str, Any]) -> None:
+    parameters = make_model(multiplier_kwargs=dict(init_value=1.0), policy_kwargs=dict(net_arch=[8]), seed=1).get_parameters()
+    other = make_model(**{"policy_kwargs": dict(net_arch=[8]), **kwargs})
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"must (have|be)"):
+        other.set_parameters(parameters)
+    assert same(before, weights(other))
 
 
 def test_a_whole_number_starts_the_multiplier(algorithm: Algorithm) -> None:

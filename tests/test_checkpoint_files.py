@@ -142,6 +142,17 @@ def test_a_folder_without_locks_is_named_and_the_other_run_noticed(tmp_path: Pat
     assert same(weights(resume(tmp_path, make_one_env())), expected)
 
 
+def test_the_users_own_files_stay(tmp_path: Path) -> None:
+    own = ["model_final.zip", "model_1000.zip", "buffer_final.pkl", "state_notes.pkl", "buffer_0123456.pkl", "notes.txt"]
+    # A killed run's, and version 0.1.0's
+    left = ["model_01234567_1.zip", "buffer_01234567_1.pkl", f"buffer_01234567_1.pkl{PARITY}", "model_3.zip", "state_3.pkl"]
+    for name in own + left:
+        (tmp_path / name).write_bytes(b"mine")
+    make_model(make_one_env()).learn(40, ResumableCheckpointCallback(20, tmp_path))
+    assert [name for name in own if not (tmp_path / name).exists()] == []
+    assert [name for name in left if (tmp_path / name).exists()] == []
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 

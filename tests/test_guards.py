@@ -389,17 +389,22 @@ class EndsByItself(CostlyEnv):
         return obs, reward, self.terminated and self.left == 0, self.left == 0, info
 
 
-def test_episodes_that_are_shorter_than_the_assumed_horizon_are_noticed(algorithm: Algorithm) -> None:
-    message = r"ends its episodes after 20 steps, but a horizon of 1000 .* is 0\.11 times .*Give episode_length=20"
+@pytest.mark.parametrize(
+    "kwargs, ratio", [(dict(cost_gamma=0.99), 0.11), (dict(cost_gamma=0.95, cost_limit_discounted=True), 0.28)]
+)
+def test_episodes_that_are_shorter_than_the_assumed_horizon_are_noticed(
+    algorithm: Algorithm, kwargs: dict[str, Any], ratio: float
+) -> None:
+    message = rf"ends its episodes after 20 steps, but a horizon of 1000 .* is {ratio} times .*Give episode_length=20"
     env = make_vec_env(lambda: EndsByItself([20]), n_envs=1)
     with pytest.warns(UserWarning, match="1000 steps are assumed"):
-        model = make_model_of(algorithm, env, learning_starts=1000, cost_gamma=0.99)
+        model = make_model_of(algorithm, env, learning_starts=1000, **kwargs)
     with pytest.warns(UserWarning, match=message) as caught:
         model.learn(100)
     assert sum("horizon" in str(warning.message) for warning in caught) == 1
     before = model.cost_budget.copy()
     model.episode_length = 20
-    assert model.cost_budget / before == pytest.approx(9.1, abs=0.1)
+    assert before / model.cost_budget == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +413,8 @@ def test_episodes_that_are_shorter_than_the_assumed_horizon_are_noticed(algorith
         ([20, 21], False, {}),
         ([20], True, {}),
         ([20], False, dict(episode_length=50)),
-        ([20], False, dict(cost_limit_discounted=True)),
+        ([20], False, dict(cost_limit_discounted=True, cost_gamma=0.99)),
+        ([20], False, dict(cost_gamma=1.0)),
     ],
 )
 def test_a_horizon_that_is_given_or_that_nothing_contradicts_is_left_alone(

@@ -17,7 +17,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_algd.common.buffers import CostNStepReplayBuffer, cost_buffer_class
-from sb3_algd.common.legacy import refuse_old_arguments
+from sb3_algd.common.legacy import MERGED, refuse_old_arguments
 
 SelfChecked = TypeVar("SelfChecked", bound="CheckedAlgorithm")
 #: Above this a number of steps or samples is a mistake
@@ -286,6 +286,7 @@ class CheckedAlgorithm(OffPolicyAlgorithm):
     def load(cls: type[SelfChecked], path: Any, *args: Any, **kwargs: Any) -> SelfChecked:
         """
         Load a model from a zip file, see SB3. Arguments of the constructor that are given here replace those that were saved.
+        Of ``multiplier_kwargs`` and ``score_kwargs`` the entries that are given do, the others stay; None resets all of them.
 
         Like SB3's, this runs code that the file contains: load only files that you trust, and use :meth:`set_parameters` on a
         new model for all others.
@@ -307,9 +308,16 @@ class CheckedAlgorithm(OffPolicyAlgorithm):
                 raise TypeError(f"{cls.__name__}.load() has no argument {name!r}{meant}")
         # SB3 builds the networks last
         check_arguments(kwargs, cls.argument_rules)
+        if "init_value" in (kwargs.get("multiplier_kwargs") or {}):
+            raise ValueError(
+                "`multiplier_kwargs` must have no 'init_value' in load(), where the multiplier goes on from its saved value, "
+                f"got {kwargs['multiplier_kwargs']!r}. Leave it out, or train a new model, which starts from it."
+            )
+        # SB3 would replace the saved ones as a whole
+        replacing = {name: value for name, value in kwargs.items() if name not in MERGED or value is None}
         try:
             # What was given comes before what is made of an old file
-            return super().load(path, *args, _given_to_load=tuple(kwargs), **kwargs)
+            return super().load(path, *args, _given_to_load=kwargs, **replacing)
         except KeyError as error:
             # SB3 takes any ValueError of the parameters for one of old versions, and fails with this one
             if isinstance(error.__context__, ValueError):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,8 @@ MANIFEST_COPY = "checkpoint.copy.json"
 PARITY = ".parity"
 #: A damaged part of a file is repaired if it lies in one of as many equal blocks
 N_BLOCKS = 16
-_PATTERNS = ("model_*.zip", "state_*.pkl", "buffer_*.pkl", f"buffer_*.pkl{PARITY}")
+#: Names of a checkpoint's files, with the name of their run
+_NAMES = r"(model_{run}_\d+\.zip|(state|buffer)_{run}_\d+\.pkl(\.parity)?)"
 _CHUNK = 1 << 20
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -284,7 +286,15 @@ def remove_others(path: Path, manifest: dict[str, Any], run: str | None) -> None
     :param run: Part of the names of this run's files: others are left alone. None if the folder belongs to this run.
     """
     named = {name for checkpoint in (manifest, manifest["previous"]) if checkpoint for name in files_of(checkpoint)}
-    for pattern in _PATTERNS:
-        for file in path.glob(pattern if run is None else pattern.replace("*", f"{run}_*")):
-            if file.name.removesuffix(PARITY) not in named:
-                file.unlink(missing_ok=True)
+    present = set(os.listdir(path))
+    # Whatever else is there may be the user's
+    others = {name for name in present if re.fullmatch(_NAMES.replace("{run}", run or "[0-9a-f]{8}"), name)}
+    if run is None:
+        # Version 0.1.0 has named no run, but a model of the user's has no state with its number beside it
+        for name in present:
+            pair = {name, name.replace("model_", "state_").replace(".zip", ".pkl")}
+            if re.fullmatch(r"model_\d+\.zip", name) and pair <= present:
+                others |= pair
+    for name in others:
+        if name.removesuffix(PARITY) not in named:
+            (path / name).unlink(missing_ok=True)

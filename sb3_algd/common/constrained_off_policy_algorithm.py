@@ -1,5 +1,6 @@
 """The update that all constrained algorithms share: critics, actor, multipliers."""
 
+import copy
 from abc import abstractmethod
 from collections import defaultdict
 from functools import partial
@@ -348,6 +349,7 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         :param load_path_or_dict: See SB3
         :param exact_match: See SB3
         :param device: See SB3
+        :raises ValueError: If they are of another kind of model; all that is there stays
         """
         if isinstance(load_path_or_dict, dict):
             parameters = load_path_or_dict
@@ -365,7 +367,13 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             parameters["lagrange_multiplier"]["in_log_space"] = th.tensor(0.0)
         if isinstance(self.lagrange_multiplier, EpisodeController):
             parameters.pop("lagrange_multiplier.optimizer", None)
-        super().set_parameters(parameters, exact_match, device)
+        before: dict[str, Any] = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(parameters, exact_match, device)
+        except Exception:
+            # SB3 replaces one network after the other
+            super().set_parameters(before, device=self.device)
+            raise
         self._constraint_acts = bool(self.units.acts)
         # What they say has a unit once they have learned something
         self._critics_loaded = bool(self.units.n_measured > 0)

@@ -190,13 +190,14 @@ class HorizonCheck:
     def __init__(self) -> None:
         self._lengths: list[int] = []
 
-    def update(self, infos: list[dict[str, Any]], horizon: int, cost_gamma: float) -> bool:
+    def update(self, infos: list[dict[str, Any]], horizon: int, cost_gamma: float, limit_gamma: float) -> bool:
         """
         Look at one step of all environments, and warn where the horizon is another one than the episodes'.
 
         :param infos: Of the environments, in which a ``Monitor`` notes the lengths of episodes that ended.
         :param horizon: The horizon that the budget is computed with.
-        :param cost_gamma: Discount factor of costs.
+        :param cost_gamma: Discount factor of the cost critics.
+        :param limit_gamma: Discount factor of the limit, 1 for a plain sum.
         :return: Whether there is nothing more to look for.
         """
         ended = [info for info in infos if "episode" in info]
@@ -207,11 +208,14 @@ class HorizonCheck:
         if len(self._lengths) < self.N_EPISODES:
             return False
         length = self._lengths[0]
-        if length != horizon:
-            ratio = budget_per_unit_cost(horizon, cost_gamma) / budget_per_unit_cost(length, cost_gamma)
+        in_budget, in_limit = (
+            budget_per_unit_cost(horizon, gamma) / budget_per_unit_cost(length, gamma) for gamma in (cost_gamma, limit_gamma)
+        )
+        if in_budget != in_limit:
             warn_user(
                 f"The environment ends its episodes after {length} steps, but a horizon of {horizon} steps is assumed: the "
-                f"budget of the cost critics is {ratio:.2g} times what the cost limit allows. Give episode_length={length}."
+                f"budget of the cost critics is {in_budget / in_limit:.2g} times what the cost limit allows. "
+                f"Give episode_length={length}."
             )
         return True
 

@@ -120,9 +120,11 @@ class CostAwareAlgorithm(CheckedAlgorithm):
             )
         if self.episode_length != self._settled.get("episode_length", self.episode_length):
             self._horizon_check = None
-        elif self.episode_length is None and not discounted:
+        elif self.episode_length is None:
             self._horizon_check = HorizonCheck()
-        episode_length = settle_episode_length(self.episode_length, self.env, warn=not discounted)
+        # Of a plain sum it is 1. Where both discounts are the same, the budget does not depend on the horizon
+        self._limit_gamma = self.cost_limit_gamma if discounted else 1.0
+        episode_length = settle_episode_length(self.episode_length, self.env, warn=self.cost_gamma != self._limit_gamma)
         # Computed in any case: it also checks horizon and discount factors
         factor, in_limit = (budget_per_unit_cost(episode_length, gamma) for gamma in (self.cost_gamma, self.cost_limit_gamma))
         self._settled = {"cost_limit": limits, "cost_limit_discounted": discounted, "episode_length": episode_length}
@@ -326,7 +328,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
             self._check_reset_observation(new_obs)
             self._warn_no_cost()
             check = self._horizon_check
-            if check is not None and check.update(infos, self.episode_length, self.cost_gamma):
+            if check is not None and check.update(infos, self.episode_length, self.cost_gamma, self._limit_gamma):
                 self._horizon_check = None
 
     def _warn_no_cost(self) -> None:

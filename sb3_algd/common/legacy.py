@@ -22,6 +22,8 @@ _IN_KWARGS = {
     "score_pairing": ("score_kwargs", "pairing"),
     "score_grad_through_chain": ("score_kwargs", "grad_through_chain"),
 }
+#: Dictionaries whose entries are given to ``load()`` one by one
+MERGED = ("multiplier_kwargs", "score_kwargs")
 _GONE = ("cuda_graph", "_cost_reported", "_missing_episode_reported", "policy_lr_schedule")
 # Options that no measurement supported, and the values that training has today
 _REMOVED_OPTIONS = {"score_space": "action", "clip_score_samples": False}
@@ -72,12 +74,15 @@ def saved_space(path: Any) -> str:
 
 def adopt_saved(attributes: dict[str, Any]) -> None:
     """
-    Give the attributes of a loaded model their names of today, in place; those of a new model stay as they are.
+    Give the attributes of a loaded model the entries that were given to ``load()``, and their names of today, in place; those
+    of a new model stay as they are.
 
     :param attributes: ``__dict__`` of a model.
     :raises ValueError: If one discount factor was given, which the file does not tell from another.
     """
-    given_to_load = attributes.pop("_given_to_load", ())
+    given_to_load = attributes.pop("_given_to_load", {})
+    merged = [name for name in MERGED if given_to_load.get(name) is not None]
+    attributes.update({name: {**(attributes[name] or {}), **given_to_load[name]} for name in merged})
     if "multiplier_init" not in attributes:
         return
     if "cost_gamma" in given_to_load and "cost_limit_gamma" not in given_to_load:
@@ -86,7 +91,7 @@ def adopt_saved(attributes: dict[str, Any]) -> None:
             "both, and its limit keeps its meaning only with the old one."
         )
     signal = attributes["multiplier_signal"]
-    for name in ("multiplier_kwargs", "score_kwargs"):
+    for name in MERGED:
         saved = {new: attributes.pop(old) for old, (place, new) in _IN_KWARGS.items() if place == name}
         given = attributes.get(name) or {}
         if name == "multiplier_kwargs":

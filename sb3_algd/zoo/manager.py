@@ -76,12 +76,16 @@ class CostExperimentManager(ExperimentManager):
         self._costs_reported = False
         #: Whether training or tuning has begun
         self.started = False
-        #: The folder of results, if this run has made it
-        self.made_folder: str | None = None
+        #: The folder of results and those around it, as far as this run has made them, innermost first
+        self.made_folders: list[Path] = []
+        # The Zoo's -1 stands for what the configuration says, and it takes all others below 1 for the same
+        if self.n_timesteps < 1 and self.n_timesteps != -1:
+            raise ValueError(f"`n_timesteps` must be at least 1, or -1 for that of the configuration, got {self.n_timesteps}.")
 
     def create_log_folder(self) -> None:
         """Create the folder of results."""
-        self.made_folder = None if os.path.exists(self.save_path) else self.save_path
+        folder = Path(self.save_path)
+        self.made_folders = [path for path in (folder, *folder.parents) if not path.exists()]
         super().create_log_folder()
 
     def learn(self, model: BaseAlgorithm) -> None:
@@ -180,6 +184,10 @@ class CostExperimentManager(ExperimentManager):
         return hyperparams
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if hyperparams.get("multiplier_kwargs"):
+            # A configuration has it for new agents; this one's multiplier goes on from its value
+            kept = {name: value for name, value in hyperparams["multiplier_kwargs"].items() if name != "init_value"}
+            hyperparams = {**hyperparams, "multiplier_kwargs": kept}
         model = super()._load_pretrained_agent(hyperparams, env)
         if isinstance(model, ConstrainedOffPolicyAlgorithm):
             # rl_zoo3 2.9.2 starts to count steps anew, and with them the warm-up. A trained policy acts itself then,

@@ -4,6 +4,7 @@ The Zoo's ``train``: train an agent on a task, or tune its hyperparameters with 
     python -m sb3_algd.zoo train --env Safexp-PointButton1-v0
 """
 
+import contextlib
 import shutil
 from typing import Any
 from unittest.mock import patch
@@ -52,9 +53,12 @@ def train() -> None:
         except _MISTAKES as error:
             if any(manager.started for manager in managers):
                 raise
-            for manager in managers:
-                if manager.made_folder is not None:
-                    shutil.rmtree(manager.made_folder, ignore_errors=True)
+            for folders in (manager.made_folders for manager in managers if manager.made_folders):
+                shutil.rmtree(folders[0], ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    for folder in folders[1:]:
+                        # Another run may have its results there by now
+                        folder.rmdir()
             raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
