@@ -47,6 +47,8 @@ class Agent:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         # Errors are raised; what it would write to the terminal beside that says the same
         options.log_severity_level = 4
+        # Weights in other files would be looked for in the working folder: there are none in what is no folder
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -175,4 +177,6 @@ class Agent:
         noise = np.asarray(noise, dtype=np.float32)
         if noise.shape not in (shape, self.noise_shape) or noise.size != np.prod(shape):
             raise ValueError(f"The noise must have shape {shape}, got {noise.shape}.")
+        if not np.isfinite(noise).all():
+            raise ValueError("The noise has values that are not finite.")
         return noise.reshape(shape)

@@ -110,6 +110,8 @@ def test_bad_observations(path: Path, observation: Any, message: str) -> None:
 def test_noise_of_a_wrong_shape(path: Path) -> None:
     with pytest.raises(ValueError, match=r"must have shape \(1, 1, 5, 2\), got \(5, 2\)"):
         Agent.load(path).act(OBSERVATION, noise=np.zeros((5, 2)))
+    with pytest.raises(ValueError, match="noise has values that are not finite"):
+        Agent.load(path).act(OBSERVATION, noise=np.full((1, 5, 2), np.nan))
 
 
 def test_dict_observations(dict_agent: Agent) -> None:
@@ -143,7 +145,7 @@ def test_bad_files(path: Path, tmp_path: Path) -> None:
         Agent.load(tmp_path / "missing.onnx")
 
 
-def test_a_graph_that_refers_to_another_file_is_refused(path: Path, tmp_path: Path) -> None:
+def test_a_graph_that_refers_to_another_file_is_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx
 
     model = onnx.load_model_from_string(path.read_bytes())
@@ -151,6 +153,16 @@ def test_a_graph_that_refers_to_another_file_is_refused(path: Path, tmp_path: Pa
     assert (tmp_path / "weights.bin").exists()
     with pytest.raises(ValueError, match="not a complete ONNX file"):
         Agent.load(tmp_path / "outside.onnx")
+    # A single weight, in the working folder: without a shape that depends on it, nothing else would refuse it
+    model = onnx.load_model_from_string(path.read_bytes())
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    (tmp_path / "secret.bin").write_bytes(weight.raw_data)
+    onnx.external_data_helper.set_external_data(weight, "secret.bin")
+    weight.ClearField("raw_data")
+    (tmp_path / "one.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="not a complete ONNX file"):
+        Agent.load("one.onnx")
 
 
 def test_without_onnxruntime(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

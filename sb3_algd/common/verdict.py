@@ -123,6 +123,8 @@ def constraint_verdict(costs: Any, limit: Any, confidence: float = 0.95, max_cos
     the sample may lack what is rare and dear: then there is an upper bound only if ``max_cost`` is known, Chernoff's, which
     holds for every distribution of costs between 0 and ``max_cost``. For n episodes without any cost it is ``max_cost`` times
     :math:`1 - \\alpha^{1/n}` with :math:`\\alpha = (1 - confidence) / 2`. Without it the verdict cannot be "within the limit".
+    What the interval cannot know of is an episode a hundred times as dear as the others that none of the sample happens to be:
+    where there may be such ones, play many episodes.
 
     A verdict of several constraints holds for each with this confidence, not for all at once.
 
