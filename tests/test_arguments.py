@@ -87,7 +87,7 @@ CHANGES_TRAINING: dict[str, Any] = dict(
     cost_gamma=0.5,
     cost_key="other",
     penalty="expectation",
-    rho=0.5,
+    rho=0.2,
     constraint_start=0.5,
     multiplier_kwargs=dict(init_value=0.1),
     multiplier_signal="buffer",

@@ -250,7 +250,7 @@ def test_reduced_precision_rounds_the_update_but_keeps_single_precision_weights(
         model.learn(60)
         batch = first_batch(model)
         losses.append({name: value.numpy() for name, value in model._update(batch).items()})
-        assert all(value.dtype == th.float32 for value in model.policy.state_dict().values())
+        assert all(parameter.dtype == th.float32 for parameter in model.policy.parameters())
         assert model.units.moments.dtype == th.float32
         assert all(parameter.grad is not None for parameter in model.actor.parameters())
     assert losses[0]["critic_loss"] != losses[1]["critic_loss"]

@@ -78,9 +78,6 @@ class CostExperimentManager(ExperimentManager):
         self.started = False
         #: The folder of results and those around it, as far as this run has made them, innermost first
         self.made_folders: list[Path] = []
-        # The Zoo's -1 stands for what the configuration says, and it takes all others below 1 for the same
-        if self.n_timesteps < 1 and self.n_timesteps != -1:
-            raise ValueError(f"`n_timesteps` must be at least 1, or -1 for that of the configuration, got {self.n_timesteps}.")
 
     def create_log_folder(self) -> None:
         """Create the folder of results."""

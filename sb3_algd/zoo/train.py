@@ -4,6 +4,7 @@ The Zoo's ``train``: train an agent on a task, or tune its hyperparameters with 
     python -m sb3_algd.zoo train --env Safexp-PointButton1-v0
 """
 
+import argparse
 import contextlib
 import shutil
 from typing import Any
@@ -43,8 +44,11 @@ def train() -> None:
     refuse_device(given_options().device)
     managers: list[CostExperimentManager] = []
 
-    def make_manager(*args: Any, **kwargs: Any) -> CostExperimentManager:
-        managers.append(CostExperimentManager(*args, **kwargs))
+    def make_manager(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> CostExperimentManager:
+        # The Zoo's -1 stands for what the configuration says, and it takes all others below 1 for the same
+        if args.n_timesteps < 1 and args.n_timesteps != -1:
+            raise ValueError(f"`n_timesteps` must be at least 1, or -1 for that of the configuration, got {args.n_timesteps}.")
+        managers.append(CostExperimentManager(args, *rest, **kwargs))
         return managers[-1]
 
     with patch.object(rl_zoo3.train, "ExperimentManager", make_manager):
