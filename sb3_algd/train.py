@@ -317,8 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (gym.error.Error, ImportError, ValueError) as error:
         raise SystemExit(f"--env {args.env}: {' '.join(str(error).split())}") from None
     started = time.monotonic()
-    # The networks are small. Compiled updates are slower with two threads, which wait for each other, and eager ones hardly
-    # faster; beside another busy process they come to a halt
+    # The networks are small. A second thread gains a third on an idle machine; beside another busy process, threads that wait
+    # for each other bring training to a halt
     if "OMP_NUM_THREADS" not in os.environ:
         th.set_num_threads(1)
     folder = new_folder(args.out, args.env)

@@ -69,7 +69,7 @@ def test_an_unsafe_trial_with_a_higher_return_loses(tmp_path: Path) -> None:
     write_report(study, tmp_path / "deep" / "report", "Title")
     text = (tmp_path / "deep" / "report.md").read_text()
     assert "Best trial: **1**" in text
-    assert "| 0 | complete | 100.00 | 50.00 | **no** |" in text
+    assert "| 0 | complete | 100.00 | 50.00 | **no** | - |" in text
     assert "exceeded outside the limit only, by 2 trial(s): 0, 3" in text
     assert len((tmp_path / "deep" / "report.csv").read_text().splitlines()) == 5
 
@@ -179,6 +179,8 @@ def test_no_feasible_trial_ends_with_a_report(optimize: Any, tmp_path: Path, cap
     assert "No trial kept the limit" in capsys.readouterr().out
     (report,) = (tmp_path / "logs" / "algd").glob("tuning_*.md")
     assert "2 complete" in report.read_text()
+    # One episode is enough: no cost is below 0
+    assert report.read_text().count("| over the limit |") == 2
     # What the configuration says of the policy stays
     model = ALGD.load(next((tmp_path / "best").glob("trial_*/best_model.zip")))
     assert model.actor.diffusion == "ddpm"

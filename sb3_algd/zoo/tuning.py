@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_algd.common.callbacks import CostEvalCallback, relative_excess
+from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.zoo.hyperparams import convert_params, merge_arguments
 
 #: Below every return that an environment could give
@@ -75,7 +76,9 @@ class TrialCostEvalCallback(CostEvalCallback):
             self.trial.set_constraint("cost" if len(self.last_excess) == 1 else f"cost_{i}", float(excess))
         self.trial.set_user_attr("return", float(self.last_mean_reward))
         self.trial.set_user_attr("cost", self.last_mean_costs.tolist())
-        self.trial.set_user_attr("cost_limit", np.asarray(self.model.cost_limit).tolist())
+        limits = np.asarray(self.model.cost_limit)
+        self.trial.set_user_attr("cost_limit", limits.tolist())
+        self.trial.set_user_attr("verdict", ", ".join(constraint_verdict(np.stack(self._counter.episode_costs), limits).each))
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
@@ -153,7 +156,8 @@ def _describe(trials: list[FrozenTrial], best: FrozenTrial | None, title: str, g
             )
         lines += ["Train longer (`-n`), or run more trials."]
     lines += ["", "Return and cost are means of the last evaluation.", ""]
-    lines += ["| trial | state | return | cost | within the limit |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| trial | state | return | cost | within the limit | with 95 % confidence |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
 
     def rank(trial: FrozenTrial) -> tuple[bool, bool, float]:
         complete = trial.state == TrialState.COMPLETE
@@ -163,7 +167,8 @@ def _describe(trials: list[FrozenTrial], best: FrozenTrial | None, title: str, g
         reached = [_number(trial.user_attrs.get(key)) for key in ("return", "cost")]
         verdict = ("yes" if is_feasible(trial) else "**no**") if "cost" in trial.user_attrs else "broke off"
         mark = " (best)" if best is not None and trial.number == best.number else ""
-        lines.append(f"| {trial.number}{mark} | {trial.state.name.lower()} | {' | '.join(reached)} | {verdict} |")
+        cells = [f"{trial.number}{mark}", trial.state.name.lower(), *reached, verdict, trial.user_attrs.get("verdict", "-")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
