@@ -21,10 +21,11 @@ import torch as th
 from benchmarks.deployment import microseconds, print_row
 from benchmarks.settings import RESULTS
 from benchmarks.toy import TASK, mode_shares
-from sb3_algd import ALGD, SACLag, constraint_verdict, evaluate_policy
+from sb3_algd import constraint_verdict, evaluate_policy
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.recorder import make_envs
 from sb3_algd.export import export_onnx
+from sb3_algd.train import ALGORITHMS
 from sb3_algd_runtime import Agent
 
 DETERMINISTIC = "deterministic"
@@ -85,7 +86,7 @@ def measure_missing(path: Path, args: argparse.Namespace, table: Path) -> None:
     """
     name = f"{path.parent.name}/{path.stem}"
     there = {(row["model"], row["actions"]) for row in read(table)}
-    algorithm: Any = {"algd": ALGD, "sac_lag": SACLag}[args.algo]
+    algorithm: Any = ALGORITHMS[args.algo][0]
     model: ConstrainedOffPolicyAlgorithm = algorithm.load(path, device="cpu", buffer_size=1, optimize_memory_usage=False)
     if model.n_constraints > 1:
         raise SystemExit(f"{path} has several constraints: models are compared under one limit.")
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="+", required=True, metavar="FILE", help="saved models")
     parser.add_argument("--env", required=True, help="their task")
-    parser.add_argument("--algo", default="algd", choices=["algd", "sac_lag"])
+    parser.add_argument("--algo", default="algd", choices=list(ALGORITHMS))
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 4, 16, 32], metavar="N")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--n-envs", type=int, default=20, help="environments that are played at once")
