@@ -19,7 +19,7 @@ help:
 	@echo "make doc              build the documentation site in docs/_build/html"
 	@echo "make package          build wheel and source distribution in dist/ and check them"
 	@echo "make wheel-test       install the wheel in a fresh environment outside this folder and use it as a user does"
-	@echo "make faults           kill runs and damage their files, 312 faults (10 to 15 minutes); a short form is among the tests"
+	@echo "make faults           kill runs and damage their files, 312 faults (2 to 10 minutes); a short form is among the tests"
 	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (15 minutes)"
 	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
 	@echo "make type lint check-codestyle format commit-checks"
