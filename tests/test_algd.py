@@ -246,7 +246,7 @@ def test_warmup_is_uniform_or_the_policys() -> None:
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(policy_kwargs=dict(diffusion="flow")), "Unknown diffusion type 'flow'"),
+        (dict(policy_kwargs=dict(diffusion="flow")), "`policy_kwargs` must have 've' or 'ddpm' as 'diffusion', got 'flow'"),
         (dict(guidance_coef=-1.0), "`guidance_coef` must be a finite number >= 0"),
         (dict(score_coef=-1.0), "`score_coef` must be a finite number >= 0, got -1.0"),
         (dict(score_kwargs=dict(temperature=0.0)), "`score_kwargs` must be .*'temperature': a finite number > 0"),

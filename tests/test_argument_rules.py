@@ -244,6 +244,33 @@ def test_an_unknown_entry_is_named_with_its_argument(algorithm: Algorithm, name:
     assert isinstance(model.replay_buffer, Buffer) and model.replay_buffer.unnamed == 3
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("net_arch", ["64", 64, [0], [64.5], [True], dict(pi=[64]), dict(pi=[64], vf=[64]), dict(pi=[64], qf=dict(pi=[4]))]),
+        ("activation_fn", ["relu", None]),
+        ("n_critics", [0, 1.5, "2", None]),
+        ("n_candidates", [0, 1.5, "a"]),
+        ("layer_norm", ["no", 1]),
+        ("normalize_images", ["no"]),
+        ("share_features_extractor", ["no"]),
+        ("features_extractor_class", ["CNN"]),
+        ("features_extractor_kwargs", [3, "x"]),
+        ("optimizer_class", ["Adam"]),
+        ("optimizer_kwargs", [[1]]),
+        ("diffusion", ["vp", None]),
+        ("denoising_steps", [0, 2.5, "5"]),
+        ("diffusion_kwargs", [3]),
+    ],
+)
+def test_what_a_policy_cannot_be_made_of_is_named(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^`policy_kwargs` must have .* as '{name}', got "):
+            make_model(policy_kwargs={name: value})
+    # A policy class of the user may call something else that
+    assert make_model(policy_kwargs=dict(net_arch=dict(pi=[4], qf=[8, 8]), optimizer_kwargs=None, layer_norm=False))
+
+
 def test_an_algorithm_can_add_rules() -> None:
     with pytest.raises(ValueError, match="`mine` must be a whole number from 1 to 3, got 4"):
         check_arguments({"mine": 4, "other": None}, {"mine": whole(1, 3)})

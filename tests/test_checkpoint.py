@@ -394,8 +394,9 @@ def test_a_class_that_is_found_nowhere_else_is_stored_and_has_to_be_named(tmp_pa
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no checkpoint in"):
         resume(tmp_path, make_one_env())
-    with pytest.raises(ValueError, match="save_freq must be at least 1"):
-        ResumableCheckpointCallback(0, tmp_path)
+    for save_freq in (0, "20", None, float("nan"), 2.5):
+        with pytest.raises(ValueError, match="`save_freq` must be a whole number from 1"):
+            ResumableCheckpointCallback(save_freq, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="use Stable-Baselines3's CheckpointCallback for SAC"):
         SAC("MlpPolicy", make_env(), buffer_size=10).learn(1, ResumableCheckpointCallback(1, tmp_path))
     make_model(make_one_env()).learn(20, ResumableCheckpointCallback(10, tmp_path))

@@ -127,6 +127,12 @@ def _is_train_freq(value: Any) -> bool:
     return whole(1).holds(value)
 
 
+def _is_net_arch(value: Any) -> bool:
+    if isinstance(value, dict):
+        return set(value) == {"pi", "qf"} and all(not isinstance(each, dict) and _is_net_arch(each) for each in value.values())
+    return isinstance(value, (list, tuple)) and all(whole(1, 10**6).holds(width) for width in value)
+
+
 def _is_ent_coef(value: Any) -> bool:
     if not isinstance(value, str):
         return is_number(value) and value >= 0
@@ -147,6 +153,7 @@ COST_KEY = Rule("a key of info, or a function of info", lambda value: isinstance
 TRAIN_FREQ = Rule("a whole number >= 1, or a tuple of one and 'step' or 'episode'", _is_train_freq)
 BUFFER_CLASS = Rule("a subclass of ReplayBuffer", lambda value: isinstance(value, type) and issubclass(value, ReplayBuffer))
 ANY_KEYWORDS = of_class("a dictionary", dict)
+FACTORY = Rule("a class (or a function that makes one), not a text", callable)
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
@@ -209,6 +216,27 @@ ARGUMENTS: dict[str, Rule] = {
     "target_entropy": Rule(
         "a finite number or 'auto'", lambda value: is_number(value) or (isinstance(value, str) and value == "auto")
     ),
+}
+
+#: Entries of ``policy_kwargs``. What a policy class of the user has besides is its own affair
+POLICY_ARGUMENTS: dict[str, Rule] = {
+    "net_arch": optional(Rule("a list of widths, or a dictionary of 'pi' and 'qf' with one each", _is_net_arch)),
+    "activation_fn": FACTORY,
+    "cost_activation_fn": FACTORY,
+    "n_critics": whole(1, 1000),
+    "n_cost_critics": whole(1, 1000),
+    "n_candidates": whole(1, 10**6),
+    "layer_norm": FLAG,
+    "features_extractor_class": FACTORY,
+    "features_extractor_kwargs": optional(ANY_KEYWORDS),
+    "normalize_images": FLAG,
+    "optimizer_class": FACTORY,
+    "optimizer_kwargs": optional(ANY_KEYWORDS),
+    "share_features_extractor": FLAG,
+    # ALGD
+    "diffusion": one_of("ve", "ddpm"),
+    "denoising_steps": whole(1, 10**4),
+    "diffusion_kwargs": optional(ANY_KEYWORDS),
 }
 
 
@@ -281,6 +309,10 @@ class CheckedAlgorithm(OffPolicyAlgorithm):
         check_entries("replay_buffer_kwargs", self.replay_buffer_kwargs, buffer_class)
         # The algorithm says itself why it has no gSDE
         check_entries("policy_kwargs", [name for name in self.policy_kwargs if name != "use_sde"], self.policy_class)
+        for name, value in self.policy_kwargs.items():
+            if name in POLICY_ARGUMENTS and not POLICY_ARGUMENTS[name].holds(value):
+                must_be = POLICY_ARGUMENTS[name].must_be
+                raise ValueError(f"`policy_kwargs` must have {must_be} as {name!r}, got {value!r}.")
 
     @classmethod
     def load(cls: type[SelfChecked], path: Any, *args: Any, **kwargs: Any) -> SelfChecked:

@@ -33,6 +33,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
+from sb3_algd.common.arguments import check_arguments, whole
 from sb3_algd.common.buffers import CostStorage
 from sb3_algd.common.checkpoint_files import (
     PARITY,
@@ -86,8 +87,7 @@ class ResumableCheckpointCallback(BaseCallback):
 
     def __init__(self, save_freq: int, save_path: str | Path, verbose: int = 0) -> None:
         super().__init__(verbose)
-        if save_freq < 1:
-            raise ValueError(f"save_freq must be at least 1 step, got {save_freq}.")
+        check_arguments({"save_freq": save_freq}, {"save_freq": whole(1)})
         self.save_freq = save_freq
         self.save_path = Path(save_path)
         #: What resume() leaves to be done when training is about to go on
