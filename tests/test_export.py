@@ -190,6 +190,11 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         export_onnx(model, tmp_path / "agent.onnx", vec_normalize="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="The policy takes observations of"):
         export_onnx(model, tmp_path / "agent.onnx", observation_space=spaces.Box(-1, 1, (4,)))
+    taken = spaces.Dict(noise=spaces.Box(-1, 1, (4,)), speed=spaces.Box(-1, 1, (4,)))
+    with pytest.raises(
+        ValueError, match=r"its own input and output 'noise' and 'action': rename the observations \['noise'\]"
+    ):
+        export_onnx(model, tmp_path / "agent.onnx", observation_space=taken)
     other: Any = SAC("MlpPolicy", "Pendulum-v1", device="cpu")
     with pytest.raises(ValueError, match="a model of ALGD or SACLag, got SAC"):
         export_onnx(other, tmp_path / "agent.onnx")

@@ -97,6 +97,7 @@ def test_best_of_several(folder: Path, tmp_path: Path) -> None:
         (["export", "--env", ENV, "--n-candidates", 0], "n_candidates must be a whole number"),
         (["export", "--env", ENV, "--n-candidates", 2, "--policy-folder", "p"], "leave out --n-candidates"),
         (["export", "--env", "Nowhere-v0", "-f", "."], "Name the log folder"),
+        (["export", "--env", "Safexp-PointButton2-v0"], "is a policy alone .* Train one with: sb3-algd train"),
         (["enjoy", "--onnx", "missing.onnx"], "No such file"),
         (["enjoy", "--onnx", "damaged.onnx"], r"damaged\.onnx is not a complete ONNX file"),
         (["enjoy", "--onnx", "{agent}", "--env", "Nowhere-v0"], "--env Nowhere-v0: Environment `Nowhere` doesn't exist"),

@@ -31,6 +31,9 @@ from sb3_algd_runtime import FORMAT, METADATA_KEY, NOISE, Agent
 #: Largest difference to ``predict`` with which a file is written, as a share of half the action's range where that is above 1
 MAX_DIFFERENCE = 1e-5
 
+#: Name of the graph's output
+ACTION = "action"
+
 
 class ExportedPolicy(nn.Module):
     """
@@ -157,9 +160,12 @@ def check_spaces(raw: spaces.Space, of_policy: spaces.Space) -> None:
 
     :param raw: Space of the raw observations
     :param of_policy: The policy's observation space
-    :raises ValueError: If they do not fit.
+    :raises ValueError: If they do not fit, or have names that the file uses itself.
     """
     parts, expected = as_dict(raw), as_dict(of_policy)
+    taken = sorted({NOISE, ACTION} & parts.keys())
+    if taken:
+        raise ValueError(f"The file calls its own input and output {NOISE!r} and {ACTION!r}: rename the observations {taken}.")
     fits = parts.keys() == expected.keys() and isinstance(raw, spaces.Dict) == isinstance(of_policy, spaces.Dict)
     for name in expected if fits else ():
         shape, wanted = parts[name].shape or (), expected[name].shape or ()
@@ -232,7 +238,7 @@ def write_graph(graph: ExportedPolicy, metadata: dict[str, Any]) -> bytes:
             tuple(inputs),
             dynamo=True,
             input_names=list(example_inputs(graph, 1)),
-            output_names=["action"],
+            output_names=[ACTION],
             dynamic_shapes=(tuple({0: batch} for _ in inputs),),
             custom_translation_table={th.ops.aten.addcdiv.default: addcdiv},
             verbose=False,

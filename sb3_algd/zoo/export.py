@@ -21,7 +21,7 @@ from sb3_algd.common.evaluation import evaluate_policy
 from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.export import export_onnx, export_policy
 from sb3_algd.zoo import ALGO, is_constrained
-from sb3_algd.zoo.commandline import agents_to_show, default_to_trained_agents, show_missing_agent
+from sb3_algd.zoo.commandline import agents_to_show, default_to_trained_agents, shipped_policy, show_missing_agent
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -109,8 +109,14 @@ def measure(model: ConstrainedOffPolicyAlgorithm, n_episodes: int, deterministic
 
 def export() -> None:
     """Load the agent that the command line names, and leave its files."""
+    policy = shipped_policy()
     default_to_trained_agents()
     args = parse_arguments()
+    if policy is not None:
+        raise SystemExit(
+            f"The agent of {args.env} that comes with the package is a policy alone ({policy}), and an export needs the whole "
+            f"model. Train one with: sb3-algd train --env {args.env}. Then name its log folder with -f."
+        )
     set_random_seed(args.seed)
     model = load_agent(args)
     if args.n_candidates is not None:
