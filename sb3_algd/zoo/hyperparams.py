@@ -38,7 +38,7 @@ def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
         # The constraint
         "cost_gamma": trial.suggest_categorical("cost_gamma", [0.9, 0.95, 0.975, 0.99]),
         "penalty": trial.suggest_categorical("penalty", ["expectation", "pointwise"]),
-        "rho": trial.suggest_float("rho", 0.02, 1.0, log=True),
+        "rho": trial.suggest_float("rho", 0.05, 5.0, log=True),
         "constraint_start": trial.suggest_float("constraint_start", 0.0, 0.4),
         "cost_risk_coef": trial.suggest_float("cost_risk_coef", 0.0, 2.0),
     }
