@@ -21,7 +21,7 @@ help:
 	@echo "make wheel-test       install the wheel in a fresh environment outside this folder and use it as a user does"
 	@echo "make faults           kill runs and damage their files, 312 faults (2 to 10 minutes); a short form is among the tests"
 	@echo "make benchmark        measure the speed of updates and of acting against SB3's SAC (15 minutes)"
-	@echo "make install          create $(VENV) with everything; the two above do this by themselves"
+	@echo "make install          create $(VENV) with everything; the others do this by themselves"
 	@echo "make type lint check-codestyle format commit-checks"
 
 install: $(STAMP)

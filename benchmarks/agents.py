@@ -25,8 +25,9 @@ N_EPISODES, N_ENVS = 100, 20
 SEED = 2_000_000
 HEADING = f"""# Agents that come with the package
 
-Policies alone, loaded without pickle. `sb3-algd enjoy --env <task>` plays them. They were trained with ALGD's defaults (VE)
-but for `rho`. Return and cost are those of {N_EPISODES} stochastic episodes, with seeds of their own.
+Policies alone, loaded without pickle, but for TwoModes-v0, which is a whole model. `sb3-algd enjoy --env <task>` plays
+them. They were trained with ALGD's defaults (VE) but for `rho`. Return and cost are those of {N_EPISODES} stochastic
+episodes, with seeds of their own.
 
 | task | steps, seed, `rho` | return | cost |
 | --- | --- | --- | --- |

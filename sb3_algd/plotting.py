@@ -5,6 +5,7 @@ Several seeds are drawn as their interquartile mean with a 95 % bootstrap interv
 (with three seeds the mean and little more than their range). No figure has more than six curves (:data:`MAX_CURVES`).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 Curve = dict[str, np.ndarray]
 
-#: Okabe and Ito's colours, which colour-blind readers can tell apart; the red of the limit is not among them
+#: Okabe and Ito's colours and a brown, which colour-blind readers can tell apart; the red of the limit is not among them
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F6A3F")
 #: What an algorithm is called in figures, by its name in the benchmarks and on the command line
 LABELS = {
@@ -84,8 +85,15 @@ def read_curve(path: str | Path) -> Curve:
 
 
 def label_of(name: str) -> str:
-    """:param name: Name of an algorithm or experiment. :return: What figures call it."""
-    return LABELS.get(name, name)
+    """
+    :param name: Name of an algorithm, or of an experiment, which is the algorithm's name with something behind it.
+    :return: What figures call it, for instance "ALGD (VE), rho=0.1" for "algd-ve-rho0.1".
+    """
+    base = max((known for known in LABELS if name == known or name.startswith(f"{known}-")), key=len, default=None)
+    if base is None:
+        return name
+    rest = re.sub(r"\brho([0-9.]+)", r"rho=\1", name[len(base) + 1 :]).replace("-", ", ")
+    return f"{LABELS[base]}, {rest}" if rest else LABELS[base]
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -104,10 +112,13 @@ def mean_curve(curves: Sequence[Curve], column: str) -> tuple[np.ndarray, np.nda
     :param column: The column that is averaged.
     :return: The steps at which every seed was evaluated, the interquartile mean over the seeds there, and the lower and upper
         end of its 95 % bootstrap interval, shape (2, steps); all the same with one seed.
+    :raises ValueError: If there is no such step.
     """
     steps = curves[0]["step"]
     for curve in curves[1:]:
         steps = np.intersect1d(steps, curve["step"])
+    if len(steps) == 0:
+        raise ValueError("There is no step at which all seeds of a curve were evaluated: draw them one by one.")
     values = np.stack([curve[column][np.isin(curve["step"], steps)] for curve in curves])
     drawn = np.random.default_rng(0).integers(len(values), size=(len(values), N_RESAMPLES))
     interval = np.percentile(interquartile_mean(values[drawn]), [2.5, 97.5], axis=0)

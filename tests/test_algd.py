@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -291,6 +293,14 @@ PAPERS: dict[str, Any] = dict(
     policy_delay=1,
     reduced_precision=False,
 )
+
+
+def test_the_page_has_the_papers_arguments() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "modules" / "algd.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \|$", page, re.MULTILINE)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(ALGD.__init__).parameters.items()}
+    given = {name: value for name, value in ALGD.paper_kwargs().items() if value != defaults[name]}
+    assert rows == [(name, repr(defaults[name]), repr(value)) for name, value in given.items()]
 
 
 def test_the_papers_arguments_are_complete() -> None:

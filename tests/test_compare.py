@@ -52,7 +52,7 @@ def test_algorithms_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert SACLag.load(folder / "sac_lag" / "seed1.zip").num_timesteps == 120
     assert SAC.load(folder / "sac" / "seed0.zip").learning_rate == 1e-3
     assert (folder / "comparison.png").stat().st_size > 10_000
-    assert "</svg>" in (folder / "comparison.svg").read_text()
+    assert "</svg>" in (folder / "comparison.svg").read_text() and "</svg>" in (folder / "plane.svg").read_text()
     written = (folder / "comparison.md").read_text()
     table = printed[printed.index("| algorithm") :].split("\n\n")[0]
     assert table in written

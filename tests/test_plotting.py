@@ -12,6 +12,7 @@ from sb3_algd.common.recorder import COLUMNS
 from sb3_algd.plotting import (
     Curve,
     interquartile_mean,
+    label_of,
     mean_curve,
     plot_learning_curves,
     plot_return_against_cost,
@@ -152,3 +153,24 @@ def test_without_matplotlib_the_error_names_the_command(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_learning_curves({"one": [make_curve([10], 1.0)]}, tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("algd-ve", "ALGD (VE)"),
+        ("algd-ve-rho0.1", "ALGD (VE), rho=0.1"),
+        ("algd-ve-rho0.1-float32", "ALGD (VE), rho=0.1, float32"),
+        ("algd-ve-plain-rho1", "ALGD (VE), plain Lagrangian, rho=1"),
+        ("sac-lagrangian-30k", "SAC-Lagrangian, 30k"),
+        ("mine", "mine"),
+    ],
+)
+def test_experiments_are_called_after_their_algorithm(name: str, label: str) -> None:
+    assert label_of(name) == label
+
+
+def test_seeds_without_a_common_step_are_refused() -> None:
+    curves = [{"step": np.array([100.0]), "return_mean": np.zeros(1)}, {"step": np.array([90.0]), "return_mean": np.zeros(1)}]
+    with pytest.raises(ValueError, match="no step at which all seeds"):
+        mean_curve(curves, "return_mean")

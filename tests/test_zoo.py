@@ -169,7 +169,10 @@ def test_algorithms_are_drawn_together(tmp_path: Path, monkeypatch: pytest.Monke
         run_folder.mkdir(parents=True)
         np.savez(run_folder / "evaluations.npz", timesteps=[10], results=[[5.0, 7.0]], costs=[[cost, cost]])
     main("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path)
-    assert {label: curves[0]["cost_mean"].tolist() for label, curves in drawn.items()} == {"ALGD": [1.0], "SACLag": [2.0]}
+    assert {label: curves[0]["cost_mean"].tolist() for label, curves in drawn.items()} == {
+        "ALGD": [1.0],
+        "SAC-Lagrangian": [2.0],
+    }
     with pytest.raises(SystemExit):
         main("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path, "-l", "one")
 

@@ -182,7 +182,7 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         if self.gradient_steps >= 0:
             updates = updates // (per_rollout * self.n_envs) * self.gradient_steps
         if updates < WORTHWHILE_UPDATES:
-            self._tell(f"Updates are not compiled: {updates} of them take less time than compiling", 1)
+            self._tell(f"Updates are not compiled: {max(updates, 0)} of them take less time than compiling", 1)
             return False
         if self.device.type == "cpu" and not (self.reduced_precision and has_fast_bfloat16(self.device)):
             self._tell("Updates are not compiled: on a CPU that needs reduced_precision and units for bfloat16", 1)

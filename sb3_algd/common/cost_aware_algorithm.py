@@ -107,7 +107,7 @@ class CostAwareAlgorithm(CheckedAlgorithm):
             unit = f"discounted with {self.cost_limit_gamma:g}" if self.cost_limit_discounted else "plain sum"
             print(
                 f"Cost limit per episode ({unit}): {self.cost_limit.tolist()}, horizon: {self.episode_length} steps, "
-                f"budget of the cost critics: {self.cost_budget.tolist()}"
+                f"budget of the cost critics: {', '.join(f'{budget:g}' for budget in self.cost_budget)}"
             )
 
     def _settle_constraint(self) -> None:

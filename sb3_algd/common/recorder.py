@@ -61,10 +61,12 @@ def make_envs(env_id: str, n_envs: int = 1, seed: int | None = None) -> VecEnv:
 
 def describe(row: Row) -> str:
     """:param row: A row of a learning curve. :return: It in a line for people."""
+    # Only constrained algorithms have one
+    multiplier = "" if np.isnan(row["multiplier"]) else f"multiplier {row['multiplier']:.3g}, "
     return (
         f"step {row['step']:.0f}: return {row['return_mean']:.2f} (deterministic {row['return_det']:.2f}), "
         f"cost {row['cost_mean']:.2f} (deterministic {row['cost_det']:.2f}, training {row['train_cost']:.2f}), "
-        f"multiplier {row['multiplier']:.3g}, {row['seconds']:.0f} s"
+        f"{multiplier}{row['seconds']:.0f} s"
     )
 
 

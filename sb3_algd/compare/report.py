@@ -7,7 +7,7 @@ import numpy as np
 
 from sb3_algd.common.verdict import OVER, UNDECIDED, WITHIN, constraint_verdict
 from sb3_algd.compare.settings import Run
-from sb3_algd.plotting import label_of, plot_learning_curves, read_curve
+from sb3_algd.plotting import label_of, plot_learning_curves, plot_return_against_cost, read_curve
 
 COLUMNS = ("algorithm", "seeds", "return", "cost (95 % interval)", "limit", "verdict", "each seed")
 #: Of each figure one for screens and one for print
@@ -53,7 +53,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 def write_report(task: str, runs: Mapping[str, Sequence[Run]], limit: float, discounted: bool, folder: Path) -> str:
     """
-    Draw ``comparison.png`` and ``.svg``, and write ``comparison.md``.
+    Draw ``comparison`` and ``plane``, each as ``.png`` and ``.svg``, and write ``comparison.md``.
 
     :param task: The task.
     :param runs: For each algorithm its runs; those that are not finished are left out.
@@ -73,6 +73,8 @@ def write_report(task: str, runs: Mapping[str, Sequence[Run]], limit: float, dis
     )
     (folder / "comparison.md").write_text(f"# {task}\n\n{text}\n\n{note}\n", encoding="utf-8")
     curves = {name: [read_curve(run.csv) for run in of_one] for name, of_one in finished.items()}
+    ends = {name: [tuple(read_episodes(run).mean(axis=0).tolist()) for run in of_one] for name, of_one in finished.items()}
     for ending in FORMATS:
         plot_learning_curves(curves, folder / f"comparison.{ending}", task, limit, discounted)
+        plot_return_against_cost(ends, folder / f"plane.{ending}", task, limit, discounted)
     return text

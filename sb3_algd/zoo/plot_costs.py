@@ -12,7 +12,7 @@ import rl_zoo3
 from huggingface_sb3 import EnvironmentName
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_algd.plotting import Curve, plot_learning_curves
+from sb3_algd.plotting import Curve, label_of, plot_learning_curves
 from sb3_algd.zoo import ALGO
 
 
@@ -64,7 +64,7 @@ def plot_costs() -> None:
     parser.add_argument("--cost-limit", help="The limit that is drawn, by default that of the trained models", type=float)
     parser.add_argument("--constraint", help="Which cost, where there are several", type=int, default=0)
     args = parser.parse_args()
-    names = {folder / algo: rl_zoo3.ALGOS[algo].__name__ for folder in args.exp_folders for algo in args.algos}
+    names = {folder / algo: label_of(algo) for folder in args.exp_folders for algo in args.algos}
     labels = args.labels or [f"{name}, {path.parent}" if len(args.exp_folders) > 1 else name for path, name in names.items()]
     if len(labels) != len(names):
         parser.error(f"{len(labels)} labels for {len(names)} curves: give one label per folder, and per algorithm in it.")
@@ -72,12 +72,16 @@ def plot_costs() -> None:
     found = [run for label in runs for run in runs[label]]
     if not found:
         raise SystemExit(
-            f"No evaluated run on {args.env} in {', '.join(map(str, names))}: train with --eval-freq, and name the "
+            f"No evaluated run on {args.env} in {', '.join(map(str, names))}: name the "
             "log folder with -f and the algorithm with -a."
         )
     limit, discounted = read_cost_limit(found[0], args.constraint)
     limit = limit if args.cost_limit is None else args.cost_limit
     curves = {label: [read_evaluations(run / "evaluations.npz", args.constraint) for run in runs[label]] for label in runs}
+    for label, seeds in curves.items():
+        ends = [curve["step"][-1] for curve in seeds]
+        if len(set(ends)) > 1:
+            print(f"{label}: drawn up to step {min(ends):.0f}, where its shortest run ends; the longest: {max(ends):.0f}")
     output = args.output or Path(f"{EnvironmentName(args.env)}.png")
     plot_learning_curves({label: seeds for label, seeds in curves.items() if seeds}, output, args.env, limit, discounted)
     print(f"Drawn from {len(found)} run(s): {output}")
