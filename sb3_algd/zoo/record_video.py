@@ -13,6 +13,8 @@ from sb3_algd.zoo.commandline import (
     default_to_stochastic,
     default_to_trained_agents,
     given_options,
+    mistakes_in_one_line,
+    refuse_options,
     show_missing_agent,
 )
 
@@ -20,12 +22,14 @@ from sb3_algd.zoo.commandline import (
 def record_video() -> None:
     """Run the Zoo's command with our default algorithm, agents and actions."""
     default_option("--algo", ALGO)
+    refuse_options()
     default_to_stochastic()
     if given_options().folder is None:
         # The Zoo's own default is the folder of the agent, here inside the installed package
         default_option("-o", "videos")
         default_to_trained_agents()
-    with agents_to_show():
+    loaded: list[object] = []
+    with agents_to_show(loaded.append), mistakes_in_one_line(begun=lambda: loaded):
         try:
             # rl_zoo3 2.9.2 has this command outside any function
             runpy.run_module("rl_zoo3.record_video", run_name="__main__")
