@@ -126,7 +126,7 @@ def test_settings_without_any_result_are_overwritten(left: str | None, tmp_path:
         elif left is not None:
             (tmp_path / left).touch()
         if left is not None:
-            with pytest.raises(SystemExit, match="holds runs with other settings .steps: 10 there, 20 now"):
+            with pytest.raises(SystemExit, match=r"holds runs with other settings .steps: 10 there, 20 now"):
                 settings.prepare_folder(tmp_path, other, [0], ["second"], 1.0)
             return
         settings.prepare_folder(tmp_path, other, [0], ["second"], 1.0)
