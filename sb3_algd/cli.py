@@ -4,6 +4,7 @@ The command line: ``sb3-algd <command>``, or ``python -m sb3_algd.zoo <command>`
 It starts on a base install; each command says which extra it needs.
 """
 
+import contextlib
 import importlib
 import runpy
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import sb3_algd
+from sb3_algd.common.mistakes import told_in_one_line
 
 
 class Command(NamedTuple):
@@ -20,11 +22,13 @@ class Command(NamedTuple):
     :param description: What it does
     :param target: Its function, as ``"module:function"``, or the module alone where the command is outside any function
     :param algo_option: The Zoo's option of the algorithm where it has no default of ours
+    :param needed: Options that the Zoo needs without a check, each with its long name
     """
 
     description: str
     target: str
     algo_option: str | None = None
+    needed: tuple[tuple[str, str], ...] = ()
 
 
 COMMANDS = {
@@ -38,8 +42,13 @@ COMMANDS = {
     "record_video": Command("leave a video of a trained agent", "sb3_algd.zoo.record_video:record_video"),
     "plot_costs": Command("draw return and cost of runs, with the limit", "sb3_algd.zoo.plot_costs:plot_costs"),
     "plot_train": Command("draw the returns of training episodes", "rl_zoo3.plots:plot_train", "-a"),
-    "all_plots": Command("compare runs, with -k costs by their costs", "rl_zoo3.plots:all_plots", "-a"),
-    "plot_from_file": Command("draw what all_plots has saved", "rl_zoo3.plots:plot_from_file"),
+    "all_plots": Command(
+        "compare runs, with -k costs by their costs",
+        "rl_zoo3.plots:all_plots",
+        "-a",
+        (("-e", "--env"), ("-f", "--exp-folders")),
+    ),
+    "plot_from_file": Command("draw what all_plots has saved", "rl_zoo3.plots:plot_from_file", needed=(("-i", "--input"),)),
     "push_to_hub": Command("upload a trained agent to the Hugging Face Hub", "sb3_algd.zoo.push_to_hub:push_to_hub"),
     "load_from_hub": Command("download one from there", "rl_zoo3.load_from_hub", "--algo"),
 }
@@ -76,13 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not function:
         runpy.run_module(module, run_name="__main__")
         return
-    try:
+    for short, long in command.needed:
+        if not any(word.startswith((short, long, "-h", "--help")) for word in sys.argv[1:]):
+            raise SystemExit(f"{name} needs {short} ({long}): {name} --help tells more.")
+    # The figures look for files and read numbers without a check
+    plots = module.startswith(("rl_zoo3.plots", "sb3_algd.zoo.plot_costs"))
+    advice = "Name the log folder with -f, or the file with -i and -o." if module.startswith("rl_zoo3") else ""
+    with told_in_one_line(advice=advice) if plots else contextlib.nullcontext():
         status = getattr(importlib.import_module(module), function)()
-    except FileNotFoundError as error:
-        # The Zoo's own figures look for files without a check
-        if not module.startswith("rl_zoo3.plots"):
-            raise
-        raise SystemExit(f"There is no {error.filename}: name the log folder with -f, or the file with -i.") from error
     if status:
         sys.exit(status)
 

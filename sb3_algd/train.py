@@ -9,10 +9,12 @@ The first ten minutes: train ALGD on a safety task, and leave the model, its lea
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from sb3_algd.common.checkpoint_files import MANIFEST, read_manifest
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.common.evaluation import describe_evaluation
+from sb3_algd.common.mistakes import told_in_one_line
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
 
@@ -190,6 +193,27 @@ def refuse_device(device: str) -> None:
         raise SystemExit(f"--device {device}: PyTorch finds no CUDA device here. Leave the option out to train on the CPU.")
 
 
+def refuse_arguments(
+    model_class: type[BaseAlgorithm], policy: str, task: str, model_kwargs: dict[str, Any], device: str = "auto"
+) -> None:
+    """
+    Build a model without training it, so that a mistake is told before anything starts.
+
+    :param model_class: The algorithm
+    :param policy: Name of its policy
+    :param task: Gymnasium id
+    :param model_kwargs: Further arguments of the algorithm
+    :param device: Device of the model
+    :raises SystemExit: If there can be no such model
+    """
+    with told_in_one_line(f"{model_class.__name__} on {task}"), warnings.catch_warnings():
+        # The run itself warns
+        warnings.simplefilter("ignore")
+        with contextlib.closing(make_envs(task, 1)) as env:
+            # SAC writes into its policy_kwargs
+            model_class(policy, env, seed=0, device=device, **copy.deepcopy(model_kwargs))
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """:param arguments: Those of the command line if None. :return: What they say."""
     parser = argparse.ArgumentParser(
@@ -220,6 +244,14 @@ def new_folder(parent: Path, env_id: str) -> Path:
     return folder
 
 
+def model_kwargs_of(args: argparse.Namespace) -> dict[str, Any]:
+    """:param args: The options. :return: Arguments of the algorithm."""
+    if args.algo != "algd":
+        return {}
+    # The DDPM type soon is nearly deterministic: with 100 random steps it can get stuck before it has seen anything
+    return {"policy_kwargs": {"diffusion": args.diffusion}, "learning_starts": 2000 if args.diffusion == "ddpm" else 100}
+
+
 def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm:
     """
     Train until steps or time are used up; Ctrl-C ends training early and keeps what was learned.
@@ -229,10 +261,6 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
     :return: The trained model.
     """
     model_class, policy = ALGORITHMS[args.algo]
-    kwargs: dict[str, Any] = {}
-    if args.algo == "algd":
-        # The DDPM type soon is nearly deterministic: with 100 random steps it can get stuck before it has seen anything
-        kwargs = {"policy_kwargs": {"diffusion": args.diffusion}, "learning_starts": 2000 if args.diffusion == "ddpm" else 100}
     keep_best = BestFeasible(folder / BEST)
 
     def on_row(model: BaseAlgorithm, row: Row) -> None:
@@ -245,7 +273,7 @@ def train_as_asked(args: argparse.Namespace, folder: Path) -> CostAwareAlgorithm
         args.env,
         folder / "learning_curve.csv",
         args.steps,
-        kwargs,
+        model_kwargs_of(args),
         seed=args.seed,
         device=args.device,
         eval_every=args.eval_every,
@@ -316,12 +344,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gym.spec(args.env)
     except (gym.error.Error, ImportError, ValueError) as error:
         raise SystemExit(f"--env {args.env}: {' '.join(str(error).split())}") from None
+    refuse_arguments(*ALGORITHMS[args.algo], args.env, model_kwargs_of(args), args.device)
     started = time.monotonic()
     # The networks are small. A second thread gains a third on an idle machine; beside another busy process, threads that wait
     # for each other bring training to a halt
     if "OMP_NUM_THREADS" not in os.environ:
         th.set_num_threads(1)
-    folder = new_folder(args.out, args.env)
+    with told_in_one_line(f"--out {args.out}", "Name a folder that can be written to."):
+        folder = new_folder(args.out, args.env)
     name = ALGORITHMS[args.algo][0].__name__
     print(f"Training {name} on {args.env}: {args.steps} steps or {args.minutes:g} minutes, whichever comes first")
     try:

@@ -53,6 +53,11 @@ class ScriptedEnv(gym.Env):
         return np.zeros(1, np.float32), reward * paid, self.steps == 2, False, {"cost": np.asarray(cost) * paid}
 
 
+def test_an_evaluation_has_an_episode() -> None:
+    with pytest.raises(ValueError, match="n_eval_episodes must be at least 1, got 0"):
+        CostEvalCallback(ScriptedEnv(), n_eval_episodes=0)
+
+
 def make_model(cost_limit: float | list[float] = 10.0, **kwargs: Any) -> ALGD:
     costs = [0.0] * np.size(cost_limit)
     return ALGD(

@@ -32,8 +32,10 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("plot_train -e TwoModes-v0 -f {0}/nowhere", "There is no .*nowhere/algd: name the log folder with -f"),
-        ("plot_from_file -i {0}/nowhere.pkl", "There is no .*nowhere.pkl: name .* the file with -i"),
+        ("plot_train -e TwoModes-v0 -f {0}/nowhere", "nowhere/algd: No such file or directory. Name the log folder with -f"),
+        ("plot_from_file -i {0}/nowhere.pkl", "nowhere.pkl: No such file or directory. Name .* the file with -i"),
+        ("all_plots -e TwoModes-v0", "all_plots needs -f"),
+        ("plot_from_file", "plot_from_file needs -i"),
         ("push_to_hub --env TwoModes-v0 -orga x -f {0}/nowhere", "nowhere/algd folder was not found"),
     ],
 )

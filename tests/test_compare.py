@@ -1,5 +1,6 @@
 """Runs side by side: what is asked for is done once, on this machine and on a cluster, and reported with verdicts."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -90,6 +91,10 @@ def test_a_run_that_failed_is_told_and_the_others_reported(tmp_path: Path, capfd
         (["--gym-packages", "not_there"], "--gym-packages not_there: No module named 'not_there'"),
         (["--set", "rho=0"], "--set: sac has no argument rho"),
         (["--set", "sac.rho=0"], "--set: sac has no argument rho"),
+        (["--set", "batch_size=0"], "ALGD on TwoModes-v0: .*batch_size"),
+        (["--set", "sac.buffer_size=none"], "SAC on TwoModes-v0: "),
+        (["--out", "/proc/x"], "The results folder cannot be made: /proc/.*: No such file or directory. Give another --out."),
+        (["--out", "/dev/null"], "The results folder cannot be made: /dev/null/.*: Not a directory. Give another --out."),
         (["--set", "algd.cost_limit=1"], "the limit is the same for all, give it with --cost-limit"),
         (["--device", "nowhere"], "There is no device 'nowhere'"),
         (["--scheduler", "nonsense://x"], "--scheduler nonsense://x: unknown address scheme"),
@@ -100,6 +105,32 @@ def test_a_mistake_ends_in_one_line(options: list[str], message: str, tmp_path: 
         compare.main(["--env", "TwoModes-v0", "-o", str(tmp_path), *options])
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("seed*"))
+
+
+def test_a_negative_limit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(command(tmp_path, "--cost-limit", "-1"))
+    assert "argument --cost-limit: must be at least 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [None, "seed0.csv", "seed0.csv.partial", "seed0_checkpoint", "lock"])
+def test_settings_without_any_result_are_overwritten(left: str | None, tmp_path: Path) -> None:
+    described = settings.Settings("TwoModes-v0", "sac_lag", 10, 5, 2, 1, 1, "cpu", {"rho": 0.0})
+    settings.prepare_folder(tmp_path, described, [0], ["first"], 1.0)
+    other = replace(described, steps=20)
+    with ExitStack() as stack:
+        lock = stack.enter_context((tmp_path / ".seed0.lock").open("w"))
+        if left == "lock":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        elif left is not None:
+            (tmp_path / left).touch()
+        if left is not None:
+            with pytest.raises(SystemExit, match=r"holds runs with other settings .steps: 10 there, 20 now"):
+                settings.prepare_folder(tmp_path, other, [0], ["second"], 1.0)
+            return
+        settings.prepare_folder(tmp_path, other, [0], ["second"], 1.0)
+    assert "steps: 20" in (tmp_path / "settings.yaml").read_text()
 
 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

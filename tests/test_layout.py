@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"common", "sb3_algd"},
     "plotting": set(),
     # It imports the module of a command when the command is given
-    "cli": {"sb3_algd"},
+    "cli": {"common", "sb3_algd"},
     "train": {"algd", "common", "envs", "plotting", "sac_lag", "sb3_algd"},
     "zoo": {"algd", "common", "envs", "export", "plotting", "sac_lag", "sb3_algd", "train", "cli"},
     "compare": {"algd", "common", "envs", "plotting", "sac_lag", "sb3_algd", "train"},

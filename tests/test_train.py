@@ -169,6 +169,8 @@ def test_what_is_missing_is_said_before_training(tmp_path: Path, monkeypatch: py
     "arguments, message",
     [
         (["--env", "Nowhere-v0"], "--env Nowhere-v0: Environment `Nowhere` doesn't exist"),
+        (["--env", "CartPole-v1"], "ALGD on CartPole-v1: .*Discrete"),
+        (["--out", "/proc/x"], "--out /proc/x: /proc/x.*No such file or directory. Name a folder that can be written to."),
         (["--device", "nowhere"], "There is no device 'nowhere'"),
         (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device here"),
     ],
@@ -178,7 +180,7 @@ def test_a_mistake_ends_in_one_line(
 ) -> None:
     monkeypatch.setattr(train.th.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=message) as error:
-        train.main([*SHORT, *arguments, "--out", str(tmp_path)])
+        train.main([*SHORT, "--out", str(tmp_path), *arguments])
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -190,6 +192,16 @@ def test_numbers_that_make_no_sense_are_refused(option: str, value: str, capsys:
     with pytest.raises(SystemExit, match="2"):
         train.parse_arguments([option, value])
     assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_a_task_that_cannot_be_made_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_its_packages(*_: object) -> None:
+        raise ImportError("The safety tasks need:\n pip install x")
+
+    monkeypatch.setattr(train, "make_envs", without_its_packages)
+    with pytest.raises(SystemExit, match="ALGD on TwoModes-v0: The safety tasks need: pip install x"):
+        train.main([*SHORT, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

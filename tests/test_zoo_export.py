@@ -98,6 +98,8 @@ def test_best_of_several(folder: Path, tmp_path: Path) -> None:
         (["export", "--env", ENV, "--n-candidates", 2, "--policy-folder", "p"], "leave out --n-candidates"),
         (["export", "--env", "Nowhere-v0", "-f", "."], "Name the log folder"),
         (["export", "--env", "Safexp-PointButton2-v0"], "is a policy alone .* Train one with: sb3-algd train"),
+        (["export", "--env", ENV, "--env-kwargs", "foo:1"], "unexpected keyword argument 'foo'"),
+        (["export", "--env", ENV, "--env-kwargs", "foo"], "^--env-kwargs foo: write key:value"),
         (["enjoy", "--onnx", "missing.onnx"], "No such file"),
         (["enjoy", "--onnx", "damaged.onnx"], r"damaged\.onnx is not a complete ONNX file"),
         (["enjoy", "--onnx", "{agent}", "--env", "Nowhere-v0"], "--env Nowhere-v0: Environment `Nowhere` doesn't exist"),
@@ -111,6 +113,12 @@ def test_mistakes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         main(*(str(folder / "agent.onnx") if part == "{agent}" else part for part in command))
     assert "\n" not in str(error.value) or "Name the log folder" in message
     assert [path.name for path in tmp_path.iterdir()] == ["damaged.onnx"]
+
+
+def test_a_negative_number_of_episodes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main("export", "--env", ENV, "--eval-episodes", "-3")
+    assert "argument --eval-episodes: must be at least 0, got -3" in capsys.readouterr().err
 
 
 def test_a_file_without_task_or_with_a_cost_function(tmp_path: Path) -> None:

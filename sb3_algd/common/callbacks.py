@@ -81,6 +81,8 @@ class CostEvalCallback(EvalCallback):
     ) -> None:
         if confidence is not None and not 0.0 < confidence < 1.0:
             raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
+        if n_eval_episodes < 1:
+            raise ValueError(f"n_eval_episodes must be at least 1, got {n_eval_episodes}.")
         super().__init__(
             eval_env,
             callback_on_new_best,

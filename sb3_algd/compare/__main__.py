@@ -40,7 +40,7 @@ from sb3_algd.compare.settings import (
     parse_overrides,
     prepare_folder,
 )
-from sb3_algd.train import at_least, refuse_device
+from sb3_algd.train import at_least, refuse_arguments, refuse_device
 
 #: Class and arguments of each algorithm
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(1), default=20_000, help="environment steps of a run")
     parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("-o", "--out", type=Path, default=Path("comparisons"), help="where results go")
-    parser.add_argument("--cost-limit", type=float, help="the limit, by default the one that the task declares")
+    parser.add_argument("--cost-limit", type=at_least(0.0), help="the limit, by default the one that the task declares")
     parser.add_argument("--episodes", type=at_least(1), default=20, help="stochastic episodes of an evaluation")
     parser.add_argument("--eval-every", type=at_least(1), help="environment steps between evaluations")
     parser.add_argument(
@@ -132,12 +132,12 @@ def prepare(args: argparse.Namespace, limit: float, command: list[str]) -> dict[
     checkpoint_every = args.checkpoint_every or max(args.steps // 5, CHECKPOINT_EPISODES * episode)
     checkpoint_every = -(-checkpoint_every // eval_every) * eval_every
     overrides = overrides_of(args.set, args.algos)
-    runs: dict[str, list[Run]] = {}
+    all_settings: dict[str, Settings] = {}
     for name in dict.fromkeys(args.algos):
         model_class, kwargs = ALGORITHMS[name]
         constrained = issubclass(model_class, CostAwareAlgorithm)
         given = {"cost_limit": args.cost_limit} if constrained and args.cost_limit is not None else {}
-        settings = Settings(
+        all_settings[name] = Settings(
             task=args.env,
             algorithm=name,
             steps=args.steps,
@@ -149,6 +149,11 @@ def prepare(args: argparse.Namespace, limit: float, command: list[str]) -> dict[
             kwargs=merged({**kwargs, **given}, overrides[name]),
             checkpoint_every=checkpoint_every if constrained else None,
         )
+        refuse_arguments(model_class, policy, args.env, all_settings[name].kwargs, args.device)
+    runs: dict[str, list[Run]] = {}
+    # No folder is made before all of them can start
+    for name, settings in all_settings.items():
+        model_class, kwargs = ALGORITHMS[name]
         folder = folder_of(args) / name
         prepare_folder(folder, settings, list(range(args.seeds)), command, limit)
         runs[name] = [

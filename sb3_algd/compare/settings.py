@@ -1,6 +1,7 @@
 """What a run is, the settings that the runs of a results folder share, and where results go."""
 
 import contextlib
+import fcntl
 import inspect
 import shlex
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_algd import ALGD, __version__
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
+from sb3_algd.common.mistakes import told_in_one_line
 
 #: Class, policy, and arguments on top of its own defaults
 Algorithm = tuple[type[BaseAlgorithm], str, dict[str, Any]]
@@ -174,10 +176,12 @@ def prepare_folder(
         "cost_limit": declared_limit(settings.task, settings.kwargs.get("cost_limit")) if cost_limit is None else cost_limit,
         "command": shlex.join(["python", *command]),
     }
-    if not path.exists():
-        _refuse_unknown(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(described, sort_keys=False))
+    if not path.exists() or not (results_in(folder) or is_running(folder)):
+        if not path.exists():
+            _refuse_unknown(folder)
+        with told_in_one_line("The results folder cannot be made", "Give another --out."):
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(described, sort_keys=False))
         return
     stored, now = _flat(yaml.safe_load(path.read_text())), _flat(described)
     free = {"command"}
@@ -197,9 +201,26 @@ def _flat(described: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in described.items() if key != "kwargs"}, **described["kwargs"]}
 
 
+def results_in(folder: Path) -> list[str]:
+    """:param folder: A results folder. :return: Names of the learning curves, finished or not, and checkpoints in it."""
+    return sorted(path.name for pattern in ("seed*.csv*", "seed*_checkpoint") for path in folder.glob(pattern))
+
+
+def is_running(folder: Path) -> bool:
+    """:param folder: A results folder. :return: Whether a process is doing one of its runs, which may have no results yet."""
+    for path in folder.glob(".seed*.lock"):
+        # Without locks in this file system nothing can be said
+        with path.open("r+") as lock, contextlib.suppress(OSError):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
 def _refuse_unknown(folder: Path) -> None:
     """End the program if a folder without settings has results."""
-    left = sorted(path.name for pattern in ("seed*.csv", "seed*_checkpoint") for path in folder.glob(pattern))
+    left = results_in(folder)
     if left:
         raise SystemExit(
             f"{folder} has {', '.join(left)}, but no settings.yaml to say what was run: move them away, or give another --out."

@@ -3,14 +3,17 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
+from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.mistakes import one_line, told_in_one_line
 from sb3_algd.export.policy_file import WEIGHTS
+from sb3_algd.train import refuse_device
 from sb3_algd.zoo import ALGO, TRAINED_AGENTS, is_constrained
 
 
@@ -35,6 +38,63 @@ def given_options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--eval-freq", type=int)
     return parser.parse_known_args()[0]
+
+
+def refuse_options() -> None:
+    """
+    Refuse what the Zoo would take without a word: no task, in whose place it has its own, and a device that is not there.
+
+    :raises SystemExit: With what to do
+    """
+    options = given_options()
+    if options.env is None and not {"-h", "--help"} & set(sys.argv):
+        raise SystemExit("Name the task with --env; sb3-algd envs lists those that come with the package.")
+    refuse_device(options.device)
+
+
+@contextlib.contextmanager
+def pairs_checked() -> Iterator[None]:
+    """
+    Let the Zoo name the option and its form where a key:value cannot be read.
+
+    :raises SystemExit: With the line
+    """
+    store = StoreDict.__call__
+
+    def store_each(
+        action: StoreDict,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        pairs: Sequence[str],
+        option: str | None = None,
+    ) -> None:
+        stored: dict[str, Any] = {}
+        for pair in pairs:
+            form = f"{option} {pair}: write key:value with a value in Python, as batch_size:64 or \"policy:'MlpPolicy'\""
+            if ":" not in pair:
+                raise SystemExit(f"{form}.")
+            try:
+                store(action, parser, namespace, [pair], option)
+            except Exception as error:
+                # Anything, because the Zoo evaluates what is given
+                raise SystemExit(f"{form} ({one_line(error)}).") from error
+            stored.update(getattr(namespace, action.dest))
+        setattr(namespace, action.dest, stored)
+
+    with patch.object(StoreDict, "__call__", store_each):
+        yield
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line(begun: Callable[[], object] = lambda: False) -> Iterator[None]:
+    """
+    End a command with one line where a mistake on its command line shows.
+
+    :param begun: Whether the work has begun. An error from then on is a bug and keeps its traceback, unless it names a file
+    :raises SystemExit: With the line
+    """
+    with pairs_checked(), told_in_one_line(begun=begun):
+        yield
 
 
 def default_to_stochastic() -> None:
@@ -77,13 +137,36 @@ def agents_to_show(on_load: Callable[[ConstrainedOffPolicyAlgorithm], None] | No
         yield
 
 
-def show_missing_agent(error: Exception) -> SystemExit:
+def policy_alone(env: Any, policy: object) -> SystemExit:
+    """
+    :param env: The task.
+    :param policy: Where the policy is that comes with the package.
+    :return: Why it is not enough, and what to do, to be raised.
+    """
+    return SystemExit(
+        f"The agent of {env} that comes with the package is a policy alone ({policy}), and this command needs the whole "
+        f"model. Train one with: sb3-algd train --env {env}. Then name its log folder with -f."
+    )
+
+
+def show_missing_agent(error: Exception, policies: bool = False) -> SystemExit:
     """
     :param error: What the Zoo says where there is no agent.
+    :param policies: Whether the command takes policies without a model too.
     :return: The same with what to do, to be raised.
     """
+    options = given_options()
+    folder = TRAINED_AGENTS / options.algo
+    if options.folder in (None, str(TRAINED_AGENTS)) and (asked := folder / f"{options.env}_1").is_dir():
+        if (asked / WEIGHTS).is_file():
+            return policy_alone(options.env, asked / WEIGHTS)
+        return SystemExit(
+            f"The agent of {options.env} that comes with the package is its last model alone: leave out --load-best and the "
+            "other options that choose a model, or name the log folder of your training with -f."
+        )
     message = f"{error}\nName the log folder of your training with -f (the folder 'logs' by default there)."
-    shipped = sorted(path.name.rsplit("_", 1)[0] for path in (TRAINED_AGENTS / given_options().algo).glob("*_[0-9]*"))
+    agents = [path for path in folder.glob("*_[0-9]*") if policies or list(path.glob("*.zip"))]
+    shipped = sorted(path.name.rsplit("_", 1)[0] for path in agents)
     if shipped:
         message += f" Without -f an agent that comes with the package is shown: {', '.join(shipped)}."
     return SystemExit(message)

@@ -27,6 +27,8 @@ from sb3_algd.zoo.commandline import (
     default_option,
     default_to_stochastic,
     default_to_trained_agents,
+    mistakes_in_one_line,
+    refuse_options,
     shipped_policy,
     show_missing_agent,
 )
@@ -122,6 +124,7 @@ def enjoy() -> None:
         default_to_trained_agents()
     elif options.onnx:
         name_task(path)
+    refuse_options()
     default_to_stochastic()
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         print("There is no display here, so nothing is drawn (--no-render). record_video leaves a video instead.")
@@ -130,13 +133,14 @@ def enjoy() -> None:
         patch.object(rl_zoo3.enjoy, "create_test_env", create_counted_env),
         agents_to_show(tell_counter),
         contextlib.nullcontext() if path is None else played_instead(path, counters),
+        mistakes_in_one_line(begun=lambda: counters),
     ):
         try:
             rl_zoo3.enjoy.enjoy()
         except (AssertionError, ValueError) as error:
-            if counters:
+            if counters or "found" not in str(error):
                 raise
-            raise show_missing_agent(error) from error
+            raise show_missing_agent(error, policies=True) from error
     # Other algorithms have no limit
     if counters[-1].model is not None:
         print(counters[-1].report(options.max_cost))

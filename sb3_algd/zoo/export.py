@@ -20,8 +20,16 @@ from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolic
 from sb3_algd.common.evaluation import evaluate_policy
 from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.export import export_onnx, export_policy
+from sb3_algd.train import at_least
 from sb3_algd.zoo import ALGO, is_constrained
-from sb3_algd.zoo.commandline import agents_to_show, default_to_trained_agents, shipped_policy, show_missing_agent
+from sb3_algd.zoo.commandline import (
+    agents_to_show,
+    default_to_trained_agents,
+    mistakes_in_one_line,
+    policy_alone,
+    shipped_policy,
+    show_missing_agent,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,7 +49,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--deterministic", action="store_true", help="the file always acts deterministically")
     parser.add_argument("--n-candidates", type=int, help="number of actions among which the critics choose; the agent's own")
     parser.add_argument(
-        "--eval-episodes", type=int, default=0, metavar="N", help="play so many episodes first; the file tells the outcome"
+        "--eval-episodes",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="play so many episodes first; the file has the outcome",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of these episodes")
     parser.add_argument("--env-kwargs", nargs="+", action=StoreDict, default={}, help="arguments of the environment")
@@ -111,14 +123,12 @@ def export() -> None:
     """Load the agent that the command line names, and leave its files."""
     policy = shipped_policy()
     default_to_trained_agents()
-    args = parse_arguments()
-    if policy is not None:
-        raise SystemExit(
-            f"The agent of {args.env} that comes with the package is a policy alone ({policy}), and an export needs the whole "
-            f"model. Train one with: sb3-algd train --env {args.env}. Then name its log folder with -f."
-        )
-    set_random_seed(args.seed)
-    model = load_agent(args)
+    with mistakes_in_one_line():
+        args = parse_arguments()
+        if policy is not None:
+            raise policy_alone(args.env, policy)
+        set_random_seed(args.seed)
+        model = load_agent(args)
     if args.n_candidates is not None:
         model.policy.n_candidates = args.n_candidates
     results: dict[str, Any] = {}

@@ -87,6 +87,9 @@ class CostExperimentManager(ExperimentManager):
 
     def learn(self, model: BaseAlgorithm) -> None:
         """:param model: The model to train."""
+        if self.tensorboard_log is not None:
+            # TensorBoard would fail in the middle of the start
+            os.makedirs(self.tensorboard_log, exist_ok=True)
         self.started = True
         super().learn(model)
 
@@ -154,7 +157,7 @@ class CostExperimentManager(ExperimentManager):
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """
-        Save the model and print return and cost of it and of the best feasible one, beside the limit.
+        Save the model and print return and cost of it and of the best one, beside the limit.
 
         :param model: The model
         """
@@ -167,6 +170,9 @@ class CostExperimentManager(ExperimentManager):
             sync_envs_normalization(model.get_vec_normalize_env(), env)  # type: ignore[arg-type]
         print(describe_evaluation("last model", model, env))
         best = Path(self.save_path) / "best_model.zip"
+        if best.is_file() and evaluations[0].best_violation > 0.0:
+            print("No evaluation was within the limit; best_model.zip is the one that exceeds it least.")
+            return
         # Its own statistics of observations are another file's
         if best.is_file() and not self.normalize:
             print(describe_evaluation("best feasible model", type(model).load(best, buffer_size=1), env))

@@ -21,12 +21,15 @@ def read_evaluations(path: Path, constraint: int = 0) -> Curve:
     :param path: An ``evaluations.npz`` that :class:`~sb3_algd.common.callbacks.CostEvalCallback` has left.
     :param constraint: Which cost, where there are several.
     :return: Steps, and mean and standard deviation of return and cost.
-    :raises ValueError: If it has no costs.
+    :raises ValueError: If it has no costs, or no such one.
     """
     with np.load(path) as stored:
         if "costs" not in stored:
             raise ValueError(f"{path} holds no costs: only runs of algorithms with a cost limit leave them.")
         returns, costs = stored["results"], stored["costs"]
+        n_constraints = costs.shape[2] if costs.ndim == 3 else 1
+        if not 0 <= constraint < n_constraints:
+            raise ValueError(f"{path} has {n_constraints} cost(s), counted from 0, and none of number {constraint}.")
         if costs.ndim == 3:
             costs = costs[:, :, constraint]
         curve = {"step": stored["timesteps"].astype(float)}
@@ -75,9 +78,9 @@ def plot_costs() -> None:
             f"No evaluated run on {args.env} in {', '.join(map(str, names))}: name the "
             "log folder with -f and the algorithm with -a."
         )
+    curves = {label: [read_evaluations(run / "evaluations.npz", args.constraint) for run in runs[label]] for label in runs}
     limit, discounted = read_cost_limit(found[0], args.constraint)
     limit = limit if args.cost_limit is None else args.cost_limit
-    curves = {label: [read_evaluations(run / "evaluations.npz", args.constraint) for run in runs[label]] for label in runs}
     for label, seeds in curves.items():
         ends = [curve["step"][-1] for curve in seeds]
         if len(set(ends)) > 1:

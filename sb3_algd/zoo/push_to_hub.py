@@ -20,7 +20,13 @@ from sb3_algd.common.evaluation import evaluate_policy
 from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.export import export_policy
 from sb3_algd.zoo import ALGO
-from sb3_algd.zoo.commandline import agents_to_show, default_option, default_to_stochastic, show_missing_agent
+from sb3_algd.zoo.commandline import (
+    agents_to_show,
+    default_option,
+    default_to_stochastic,
+    mistakes_in_one_line,
+    show_missing_agent,
+)
 
 # Not by an import statement, which finds the function of that name
 hub = importlib.import_module("huggingface_sb3.push_to_hub")
@@ -96,8 +102,10 @@ def push_to_hub() -> None:
 
     default_option("--algo", ALGO)
     default_to_stochastic()
+    loaded: list[object] = []
     with (
-        agents_to_show(),
+        agents_to_show(loaded.append),
+        mistakes_in_one_line(begun=lambda: loaded),
         patch.object(hub, "generate_metadata", _generate_metadata, create=True),
         patch.object(hub, "_evaluate_agent", evaluate_with_costs),
         patch.object(huggingface_hub.repocard, "metadata_save", save_card),
