@@ -239,7 +239,7 @@ def test_excluded_and_included_parameters_and_custom_objects(algorithm: Algorith
     model.save(file, exclude=["rho", "cost_key"], include=["replay_buffer"])
     file.seek(0)
     loaded = algorithm.load(file, custom_objects=dict(cost_limit=9.0, buffer_size=7))
-    assert loaded.rho == 1.0 and loaded.cost_key == "cost"  # the defaults
+    assert loaded.rho == 0.5 and loaded.cost_key == "cost"  # the defaults
     assert np.asarray(loaded.cost_limit).tolist() == [9.0] and loaded.cost_budget[0] > model.cost_budget[0]
     assert loaded.buffer_size == 7
     assert loaded.replay_buffer is not None and model.replay_buffer is not None

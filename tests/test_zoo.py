@@ -473,7 +473,8 @@ def test_mistakes_of_those_who_draw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, costs in (("algd", {"costs": [[1.0]]}), ("sac", {})):
+    stored: dict[str, dict[str, Any]] = {"algd": {"costs": [[1.0]]}, "sac": {}}
+    for name, costs in stored.items():
         folder = tmp_path / name / f"{ENV}_1"
         folder.mkdir(parents=True)
         np.savez(folder / "evaluations.npz", timesteps=[10], results=[[5.0]], **costs)

@@ -151,7 +151,7 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         cost_gamma: float = 0.95,
         cost_key: CostKey = "cost",
         penalty: Literal["expectation", "pointwise"] = "expectation",
-        rho: PerConstraint = 1.0,
+        rho: PerConstraint = 0.5,
         constraint_start: float = 0.2,
         multiplier_kwargs: dict[str, Any] | None = None,
         multiplier_signal: Literal["episodes", "buffer"] = "episodes",
