@@ -343,6 +343,7 @@ def test_runs_with_other_settings_are_refused(
     tmp_path: Path, changed: dict[str, Any], kwargs: dict[str, Any], message: str
 ) -> None:
     prepare(tmp_path, rho=1)
+    (tmp_path / "seed0.csv").touch()
     prepare(tmp_path, rho=1)
     with pytest.raises(SystemExit, match=message):
         prepare(tmp_path, changed=changed, **kwargs)
