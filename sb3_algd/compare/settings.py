@@ -220,7 +220,8 @@ def is_running(folder: Path) -> bool:
 
 def _refuse_unknown(folder: Path) -> None:
     """End the program if a folder without settings has results."""
-    left = results_in(folder)
+    # A run that was killed without a checkpoint starts afresh
+    left = [name for name in results_in(folder) if not name.endswith(".partial")]
     if left:
         raise SystemExit(
             f"{folder} has {', '.join(left)}, but no settings.yaml to say what was run: move them away, or give another --out."
