@@ -169,13 +169,13 @@ def start_worker(folder: Path, database: str, *options: str) -> subprocess.Popen
     [
         (
             "mysql+pymysql://root:secret@127.0.0.1:1/studies",
-            r"ConnectionError: The database of --storage cannot be used: .*127\.",
+            r"The database of --storage cannot be used: .*127\.",
         ),
         (
             "nothing://root:secret@127.0.0.1/studies",
-            "ValueError: `--storage` must be a .log file or the address of a database: ",
+            "`--storage` must be a .log file or the address of a database: ",
         ),
-        ("studies", "ValueError: `--storage` must be a .log file or the address of a database: "),
+        ("studies", "`--storage` must be a .log file or the address of a database: "),
     ],
 )
 def test_a_storage_that_cannot_be_used_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, address: str, message: str) -> None:
