@@ -137,18 +137,6 @@ def agents_to_show(on_load: Callable[[ConstrainedOffPolicyAlgorithm], None] | No
         yield
 
 
-def policy_alone(env: Any, policy: object) -> SystemExit:
-    """
-    :param env: The task.
-    :param policy: Where the policy is that comes with the package.
-    :return: Why it is not enough, and what to do, to be raised.
-    """
-    return SystemExit(
-        f"The agent of {env} that comes with the package is a policy alone ({policy}), and this command needs the whole "
-        f"model. Train one with: sb3-algd train --env {env}. Then name its log folder with -f."
-    )
-
-
 def show_missing_agent(error: Exception, policies: bool = False) -> SystemExit:
     """
     :param error: What the Zoo says where there is no agent.
@@ -159,7 +147,11 @@ def show_missing_agent(error: Exception, policies: bool = False) -> SystemExit:
     folder = TRAINED_AGENTS / options.algo
     if options.folder in (None, str(TRAINED_AGENTS)) and (asked := folder / f"{options.env}_1").is_dir():
         if (asked / WEIGHTS).is_file():
-            return policy_alone(options.env, asked / WEIGHTS)
+            return SystemExit(
+                f"The agent of {options.env} that comes with the package is a policy alone ({asked / WEIGHTS}), and "
+                f"this command needs the whole model. Train one with: sb3-algd train --env {options.env}. "
+                "Then name its log folder with -f."
+            )
         return SystemExit(
             f"The agent of {options.env} that comes with the package is its last model alone: leave out --load-best and the "
             "other options that choose a model, or name the log folder of your training with -f."

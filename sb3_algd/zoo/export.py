@@ -26,8 +26,6 @@ from sb3_algd.zoo.commandline import (
     agents_to_show,
     default_to_trained_agents,
     mistakes_in_one_line,
-    policy_alone,
-    shipped_policy,
     show_missing_agent,
 )
 
@@ -121,12 +119,9 @@ def measure(model: ConstrainedOffPolicyAlgorithm, n_episodes: int, deterministic
 
 def export() -> None:
     """Load the agent that the command line names, and leave its files."""
-    policy = shipped_policy()
     default_to_trained_agents()
     with mistakes_in_one_line():
         args = parse_arguments()
-        if policy is not None:
-            raise policy_alone(args.env, policy)
         set_random_seed(args.seed)
         model = load_agent(args)
     if args.n_candidates is not None:
