@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _prepare_zoo(command)
     module, _, function = command.target.partition(":")
     if not function:
-        runpy.run_module(module, run_name="__main__")
+        with told_in_one_line():
+            runpy.run_module(module, run_name="__main__")
         return
     for short, long in command.needed:
         if not any(word.startswith((short, long, "-h", "--help")) for word in sys.argv[1:]):

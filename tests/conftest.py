@@ -1,6 +1,8 @@
 """What several test files need: environments with known costs, small models, and the algorithms that tests run through."""
 
+import sys
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_algd import ALGD, SACLag
+from sb3_algd import ALGD, SACLag, cli
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 
 Algorithm = type[ConstrainedOffPolicyAlgorithm]
@@ -107,6 +109,12 @@ class CostlyBitFlipping(BitFlippingEnv):
         assert isinstance(observation, dict)
         info["cost"] = float(observation["achieved_goal"].sum())
         return observation, reward, terminated, truncated, info
+
+
+def run_cli(*options: object) -> None:
+    """Run a command in this process, with the command line that a user gives."""
+    with patch.object(sys, "argv", ["sb3-algd", *map(str, options)]):
+        cli.main()
 
 
 def make_env(n_costs: int = 1, steps: int = 20) -> gym.Env:

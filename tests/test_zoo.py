@@ -1,14 +1,11 @@
 """The Zoo's commands, run as a user runs them."""
 
-import argparse
 import csv
-import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -21,15 +18,14 @@ import huggingface_hub
 import rl_zoo3
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-from benchmarks import toy
 from sb3_algd import ALGD, SACLag, cli
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
-from sb3_algd.envs.catalogue import OWN, SPEED, STOCK, entries
 from sb3_algd.envs.wrappers import EpisodeCost
 from sb3_algd.export import load_policy
-from sb3_algd.zoo import CONFIGS, TRAINED_AGENTS, is_constrained, plot_costs, register
+from sb3_algd.zoo import TRAINED_AGENTS, is_constrained, plot_costs, register
 from sb3_algd.zoo.commandline import agents_to_show
 from sb3_algd.zoo.manager import CostExperimentManager
+from tests.conftest import run_cli
 
 ENV = "TwoModes-v0"
 ALGORITHMS: dict[str, type[ConstrainedOffPolicyAlgorithm]] = {"algd": ALGD, "sac_lag": SACLag}
@@ -49,12 +45,6 @@ def run(command: str, *options: object, cwd: Path) -> str:
     return result.stdout
 
 
-def main(*options: object) -> None:
-    """Run a command in this process, with the command line that a user gives."""
-    with patch.object(sys, "argv", ["sb3-algd", *map(str, options)]):
-        cli.main()
-
-
 @pytest.fixture(scope="module", params=ALGORITHMS)
 def algo(request: pytest.FixtureRequest) -> str:
     """Name of an algorithm."""
@@ -69,7 +59,7 @@ def logs(algo: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         options += ["-tb", "tb", "--save-replay-buffer", "-params", *TINY, TINY_POLICY[algo]]
-        main("train", "--algo", algo, *options)
+        run_cli("train", "--algo", algo, *options)
     return folder / "logs"
 
 
@@ -109,7 +99,7 @@ def test_enjoy_reports_costs_and_verdict(algo: str, logs: Path, capsys: pytest.C
     options = ["--algo", algo, "--env", ENV, "-f", logs, "-n", 200, "--no-render", "--device", "cpu"]
     reports = []
     for actions in ([], ["--stochastic"], ["--deterministic"]):
-        main("enjoy", *options, *actions)
+        run_cli("enjoy", *options, *actions)
         out = capsys.readouterr().out
         reports.append(out[out.index("2 episodes\n") :].splitlines())
     assert reports[0][0] == "2 episodes"
@@ -121,20 +111,13 @@ def test_enjoy_reports_costs_and_verdict(algo: str, logs: Path, capsys: pytest.C
     assert reports[0] == reports[1] != reports[2]
 
 
-@pytest.mark.parametrize(("name", "shipped"), [("algd", True), ("sac_lag", False)])
-def test_enjoy_names_the_way_out_where_there_is_no_agent(name: str, shipped: bool, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="Name the log folder") as caught:
-        main("enjoy", "--algo", name, "--env", ENV, "-f", tmp_path, "--no-render")
-    assert (ENV in str(caught.value).partition("\n")[2]) == shipped
-
-
 def test_training_goes_on_from_an_agent(algo: str, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[ConstrainedOffPolicyAlgorithm] = []
     monkeypatch.setattr(CostExperimentManager, "save_trained_model", lambda self, model: kept.append(model))
     monkeypatch.chdir(logs.parent)
     agent = logs / algo / f"{ENV}_1" / f"{ENV}.zip"
     options = ["-n", 20, "-i", agent, "-f", logs.parent / "more", "--eval-freq", -1, "--device", "cpu"]
-    main("train", "--algo", algo, "--env", ENV, *options)
+    run_cli("train", "--algo", algo, "--env", ENV, *options)
     # The replay buffer came along, so that learning starts at once
     assert kept[0].learning_starts == 0
     assert kept[0].replay_buffer is not None
@@ -149,16 +132,16 @@ def test_plots(algo: str, logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.chdir(logs.parent)
     # ALGD is the default
     algos = [] if algo == "algd" else ["-a", algo]
-    main("all_plots", *algos, "-e", ENV, "-f", logs, "-k", "costs", "-o", "costs", "--no-display")
+    run_cli("all_plots", *algos, "-e", ENV, "-f", logs, "-k", "costs", "-o", "costs", "--no-display")
     assert ENV in capsys.readouterr().out
     assert Path("costs.pkl").is_file()
-    main("plot_train", *algos, "-e", ENV, "-f", logs, "-w", 1)
-    main("plot_costs", *algos, "-e", ENV, "-f", logs, "-o", "costs.png")
+    run_cli("plot_train", *algos, "-e", ENV, "-f", logs, "-w", 1)
+    run_cli("plot_costs", *algos, "-e", ENV, "-f", logs, "-o", "costs.png")
     assert "Drawn from 1 run(s)" in capsys.readouterr().out
     assert Path("costs.png").stat().st_size > 10_000
     assert plot_costs.read_cost_limit(logs / algo / f"{ENV}_1") == (64, False)
     with pytest.raises(SystemExit, match=f"No evaluated run .*{algo}"):
-        main("plot_costs", *algos, "-e", "Safexp-PointPush1-v0", "-f", logs)
+        run_cli("plot_costs", *algos, "-e", "Safexp-PointPush1-v0", "-f", logs)
 
 
 def test_algorithms_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,19 +151,19 @@ def test_algorithms_are_drawn_together(tmp_path: Path, monkeypatch: pytest.Monke
         run_folder = tmp_path / name / f"{ENV}_1"
         run_folder.mkdir(parents=True)
         np.savez(run_folder / "evaluations.npz", timesteps=[10], results=[[5.0, 7.0]], costs=[[cost, cost]])
-    main("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path)
+    run_cli("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path)
     assert {label: curves[0]["cost_mean"].tolist() for label, curves in drawn.items()} == {
         "ALGD": [1.0],
         "SAC-Lagrangian": [2.0],
     }
     with pytest.raises(SystemExit):
-        main("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path, "-l", "one")
+        run_cli("plot_costs", "-a", "algd", "sac_lag", "-e", ENV, "-f", tmp_path, "-l", "one")
 
 
 def test_the_zoos_commands_get_our_default_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[list[str]] = []
     monkeypatch.setattr(cli.runpy, "run_module", lambda *args, **kwargs: lines.append([*args, *sys.argv[1:]]))
-    main("load_from_hub", "--env", ENV)
+    run_cli("load_from_hub", "--env", ENV)
     assert lines == [["rl_zoo3.load_from_hub", "--algo", "algd", "--env", ENV]]
 
 
@@ -199,7 +182,7 @@ def test_push_to_hub_tells_the_costs(algo: str, logs: Path, monkeypatch: pytest.
 
     monkeypatch.chdir(logs.parent)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    main("push_to_hub", "--algo", algo, "--env", ENV, "-f", logs, "-orga", "nobody", "--no-render", "--device", "cpu")
+    run_cli("push_to_hub", "--algo", algo, "--env", ENV, "-f", logs, "-orga", "nobody", "--no-render", "--device", "cpu")
     repo = Path("hub") / f"{algo}-{ENV}"
     results = json.loads((repo / "results.json").read_text())
     assert results["cost_limit"] == [64]
@@ -235,8 +218,8 @@ def test_an_algorithm_of_others_is_trained_and_enjoyed(
     register("mine", Mine)
     monkeypatch.chdir(tmp_path)
     Path("mine.yml").write_text(f"{ENV}:\n  n_timesteps: 120\n  policy: MlpPolicy\n")
-    main("train", "--algo", "mine", "--env", ENV, "--conf-file", "mine.yml", "--device", "cpu", "-params", *TINY)
-    main("enjoy", "--algo", "mine", "--env", ENV, "-f", "logs", "-n", 100, "--no-render", "--device", "cpu")
+    run_cli("train", "--algo", "mine", "--env", ENV, "--conf-file", "mine.yml", "--device", "cpu", "-params", *TINY)
+    run_cli("enjoy", "--algo", "mine", "--env", ENV, "-f", "logs", "-n", 100, "--no-render", "--device", "cpu")
     assert "limit 64: " in capsys.readouterr().out
 
 
@@ -252,59 +235,6 @@ def test_an_agent_to_show_takes_no_memory(algo: str, logs: Path) -> None:
     assert ALGORITHMS[algo].load(path, device="cpu").buffer_size > 1
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_entry_fits_its_task(name: str) -> None:
-    config = yaml.safe_load((CONFIGS / f"{name}.yml").read_text())
-    accepted = {*inspect.signature(ALGORITHMS[name]).parameters, "n_timesteps"}
-    for entry in entries():
-        hyperparams = config.pop(entry.id)
-        assert set(hyperparams) <= accepted, entry.id
-        declared = gym.make(entry.id).get_wrapper_attr("cost_limit") if entry.track == OWN else 25.0
-        assert hyperparams["cost_limit"] == entry.kwargs.get("cost_limit", declared), entry.id
-        assert hyperparams.get("cost_limit_discounted", False) == (entry.track == SPEED), entry.id
-        assert float(hyperparams["n_timesteps"]) > 0
-    assert set(config) == {"default"}
-
-
-def papers_entries(tmp_path: Path) -> dict[str, dict[str, Any]]:
-    """What the Zoo makes of the entries of ``algd_paper.yml``."""
-    entries_of = {}
-    for task in yaml.safe_load((CONFIGS / "algd_paper.yml").read_text()):
-        # By its name
-        manager = CostExperimentManager(argparse.Namespace(), "algd", task, str(tmp_path), config="algd_paper.yml")
-        entries_of[task], _ = manager.read_hyperparameters()
-    return entries_of
-
-
-def test_the_papers_entries_are_the_papers_arguments(tmp_path: Path) -> None:
-    of_the_task = {"n_timesteps", "policy", "cost_limit", "cost_limit_discounted"}
-    found = papers_entries(tmp_path)
-    tasks = {entry.id: entry for entry in entries() if entry.track not in (STOCK, OWN)}
-    assert found.keys() == tasks.keys()
-    for task, hyperparams in found.items():
-        arguments = {name: value for name, value in hyperparams.items() if name not in of_the_task}
-        expected = ALGD.paper_kwargs(safety_gym=tasks[task].track != SPEED)
-        assert arguments == {name: value for name, value in expected.items() if value is not None}, task
-        assert hyperparams["cost_limit"] == tasks[task].kwargs["cost_limit"], task
-        assert hyperparams["cost_limit_discounted"] == (tasks[task].track == SPEED), task
-
-
-def test_the_tiny_task_has_the_arguments_of_its_benchmark(tmp_path: Path) -> None:
-    hyperparams, _ = CostExperimentManager(argparse.Namespace(), "algd", ENV, str(tmp_path)).read_hyperparameters()
-    expected = toy.ARGUMENTS["algd-ve"]
-    assert {name: hyperparams[name] for name in expected} == expected
-    assert hyperparams["n_timesteps"] == toy.STEPS["algd-ve"]
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_tasks_of_the_zoo_have_the_defaults(name: str) -> None:
-    of_the_task = {"n_timesteps", "policy", "cost_limit", "cost_limit_discounted"}
-    config = yaml.safe_load((CONFIGS / f"{name}.yml").read_text())
-    # Which is far smaller than the others
-    del config[ENV]
-    assert all(set(hyperparams) <= of_the_task for hyperparams in config.values())
-
-
 def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> None:
     (agent,) = TRAINED_AGENTS.glob("algd/*/*.zip")
     assert agent.stat().st_size < 500_000
@@ -317,11 +247,11 @@ def test_the_agent_that_comes_along_is_played_and_recorded(tmp_path: Path) -> No
 
 
 def test_commands_are_told_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    main()
+    run_cli()
     told = capsys.readouterr().out
     assert all(command in told for command in cli.COMMANDS)
     with pytest.raises(SystemExit, match="choose one of envs, train"):
-        main("trian")
+        run_cli("trian")
 
 
 def test_data_is_packaged_from_the_top_level(tmp_path: Path) -> None:
@@ -338,45 +268,6 @@ def test_data_is_packaged_from_the_top_level(tmp_path: Path) -> None:
         file = f"zoo_configs/{name}.yml"
         assert (packaged / file).read_text() == (root / file).read_text()
     assert list((packaged / "trained_agents").glob("algd/*/*.zip"))
-
-
-@pytest.mark.parametrize(("name", "deterministic"), [("algd", False), ("sac_lag", False), ("sac", True)])
-def test_constrained_algorithms_are_evaluated_with_their_noise(name: str, deterministic: bool, tmp_path: Path) -> None:
-    manager = CostExperimentManager(argparse.Namespace(), name, ENV, str(tmp_path))
-    assert manager.deterministic_eval == deterministic
-
-
-def test_schedules_of_all_learning_rates() -> None:
-    hyperparams = CostExperimentManager._preprocess_schedules(
-        {
-            "learning_rate": "lin_1e-3",
-            "cost_critic_learning_rate": "lin_3e-3",
-            "multiplier_kwargs": {"learning_rate": "lin_2e-3", "max_value": 5.0},
-            "actor_learning_rate": 1e-4,
-        }
-    )
-    assert hyperparams["learning_rate"](0.5) == 5e-4
-    assert hyperparams["cost_critic_learning_rate"](0.5) == 1.5e-3
-    assert hyperparams["multiplier_kwargs"].pop("learning_rate")(0.5) == 1e-3
-    assert hyperparams["multiplier_kwargs"] == {"max_value": 5.0}
-    assert hyperparams["actor_learning_rate"] == 1e-4
-
-
-def test_dictionaries_in_a_configuration_may_be_strings(tmp_path: Path) -> None:
-    config = tmp_path / "mine.yml"
-    config.write_text(f'{ENV}:\n  n_timesteps: 10\n  multiplier_kwargs: "dict(max_value=5.0)"\n')
-    manager = CostExperimentManager(argparse.Namespace(), "sac_lag", ENV, str(tmp_path), config=str(config))
-    assert manager.read_hyperparameters()[0]["multiplier_kwargs"] == {"max_value": 5.0}
-
-
-@pytest.mark.parametrize(
-    ("old", "today"),
-    [("multiplier_init", r"multiplier_kwargs=dict\(init_value=...\)"), ("policy_learning_rate", "actor_learning_rate")],
-)
-def test_old_arguments_name_those_of_today(old: str, today: str, tmp_path: Path) -> None:
-    manager = CostExperimentManager(argparse.Namespace(), "algd", ENV, str(tmp_path), hyperparams={old: 1.0})
-    with pytest.raises(ValueError, match=f"{old} is .* {today}"):
-        manager.read_hyperparameters()
 
 
 def test_episode_costs_are_summed_up() -> None:
@@ -401,96 +292,13 @@ def test_the_tiny_task_draws_what_was_done() -> None:
         assert tuple(picture[45, middle - 20 * side]) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--env", "Nowhere-v0"], "Nowhere-v0 not found in gym registry"),
-        (
-            ["--env", ENV, "-params", "learning_rate:x"],
-            r"^-params learning_rate:x: write key:value .* \(name 'x' is not defined",
-        ),
-        (["--env", ENV, "-params", "cost_limt:3"], "unexpected keyword argument 'cost_limt'"),
-        (["--env", ENV, "-params", "rho:-1"], "^`rho` must be"),
-        (["--env", ENV, "--device", "nowhere"], "There is no device 'nowhere'"),
-        ([], "Name the task with --env"),
-        (["--env", ENV, "-params", "rho:1", "batch_size=3"], "^-params batch_size=3: write key:value"),
-        (["--env", ENV, "--n-eval-envs", "0"], "^--n-eval-envs must be at least 1, got 0"),
-        (["--env", ENV, "--eval-episodes", "0"], "^--eval-episodes must be at least 1, got 0"),
-        (["--env", ENV, "-tb", "/proc/x"], "^/proc/x.*: No such file or directory"),
-        (["--env", ENV, "--env-kwargs", "foo:1"], "unexpected keyword argument 'foo'"),
-        (["--env", ENV, "-n", "0"], "`n_timesteps` must be at least 1"),
-        (["--env", ENV, "-n", "-5"], "`n_timesteps` must be .*, got -5"),
-    ],
-)
-def test_a_mistake_ends_in_one_line_and_leaves_nothing(tmp_path: Path, options: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message) as error:
-        main("train", "-n", 10, *options, "-f", tmp_path / "logs" / "mine")
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        (["enjoy"], "Name the task with --env"),
-        (["enjoy", "--env", ENV, "--device", "cuda"], "--device cuda: PyTorch finds no CUDA device here"),
-        (["enjoy", "--env", ENV, "--env-kwargs", "foo:1"], "unexpected keyword argument 'foo'"),
-        (["enjoy", "--env", ENV, "--load-best"], f"^The agent of {ENV} .* is its last model alone: leave out --load-best"),
-        (["record_video", "--env", ENV, "-n", 3, "-o", "/proc/x"], "^/proc/x: No such file or directory"),
-        (["record_video", "--env", "Safexp-PointButton1-v0"], r"is a policy alone \(.*policy.safetensors\)"),
-        (["record_video", "--env", "Nowhere-v0"], f"agent that comes with the package is shown: {ENV}.$"),
-    ],
-)
-def test_mistakes_of_those_who_watch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[object], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sb3_algd.train.th.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match=message):
-        main(*command)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_error_while_playing_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise TypeError("a bug")
-
-    monkeypatch.setattr("sb3_algd.envs.toy.TwoModesEnv.step", broken)
-    with pytest.raises(TypeError, match="a bug"):
-        main("enjoy", "--env", ENV, "-n", 5, "--no-render", "--device", "cpu")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["-o", "/proc/x/costs.png"], "^/proc/x.*: No such file or directory"),
-        (["-o", "costs.foo"], "^Format 'foo' is not supported"),
-        (["--constraint", 3], r"has 1 cost\(s\), counted from 0, and none of number 3"),
-        (["-a", "sac"], "holds no costs: only runs of algorithms with a cost limit"),
-    ],
-)
-def test_mistakes_of_those_who_draw(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    stored: dict[str, dict[str, Any]] = {"algd": {"costs": [[1.0]]}, "sac": {}}
-    for name, costs in stored.items():
-        folder = tmp_path / name / f"{ENV}_1"
-        folder.mkdir(parents=True)
-        np.savez(folder / "evaluations.npz", timesteps=[10], results=[[5.0]], **costs)
-    with pytest.raises(SystemExit, match=message) as error:
-        main("plot_costs", "-e", ENV, "-f", tmp_path, *options)
-    assert "\n" not in str(error.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"algd", "sac"}
-
-
 @pytest.mark.parametrize("limit, feasible", [(0.001, False), (1000.0, True)])
 def test_the_best_model_is_called_feasible_only_where_it_is(
     limit: float, feasible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--env", ENV, "-n", 100, "--eval-freq", 100, "--eval-episodes", 1, "--device", "cpu"]
-    main("train", *options, "-params", *TINY, TINY_POLICY["algd"], f"cost_limit:{limit}")
+    run_cli("train", *options, "-params", *TINY, TINY_POLICY["algd"], f"cost_limit:{limit}")
     out = capsys.readouterr().out
     assert ("best feasible model, 20" in out) == feasible
     assert ("No evaluation was within the limit; best_model.zip is the one that exceeds it least." in out) != feasible

@@ -1,9 +1,7 @@
 """The commands for exported agents: ``export``, and ``enjoy --onnx``."""
 
 import shutil
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -11,18 +9,12 @@ import pytest
 
 pytest.importorskip("rl_zoo3")
 
-from sb3_algd import ALGD, cli
+from sb3_algd import ALGD
 from sb3_algd.export import export_onnx, load_policy
 from sb3_algd_runtime import Agent
-from tests.conftest import make_model_of
+from tests.conftest import make_model_of, run_cli
 
 ENV = "TwoModes-v0"
-
-
-def main(*options: object) -> None:
-    """Run a command in this process, with the command line that a user gives."""
-    with patch.object(sys, "argv", ["sb3-algd", *map(str, options)]):
-        cli.main()
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +23,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     tiny = ["learning_starts:60", "batch_size:16", "policy_kwargs:dict(net_arch=[8], denoising_steps=2)", "normalize:True"]
     options = ["--env", ENV, "-n", 150, "--eval-freq", -1, "--seed", 1, "--device", "cpu", "-f", folder / "logs"]
-    main("train", *options, "-params", *tiny)
+    run_cli("train", *options, "-params", *tiny)
     options = ["--env", ENV, "-f", folder / "logs", "-o", folder / "agent.onnx"]
-    main("export", *options, "--policy-folder", folder / "policy", "--eval-episodes", 2)
+    run_cli("export", *options, "--policy-folder", folder / "policy", "--eval-episodes", 2)
     return folder
 
 
 def report(capsys: pytest.CaptureFixture[str], *options: object) -> list[str]:
     capsys.readouterr()
-    main("enjoy", *options, "-n", 300, "--no-render", "--device", "cpu")
+    run_cli("enjoy", *options, "-n", 300, "--no-render", "--device", "cpu")
     out = capsys.readouterr().out
     return out[out.index("\n3 episodes\n") :].splitlines()
 
@@ -79,13 +71,13 @@ def test_a_policy_that_comes_with_the_package_is_played(
     assert report(capsys, "--env", ENV, "--deterministic") == expected
     (tmp_path / "algd" / f"{ENV}_1" / "policy.safetensors").write_bytes(b"damaged")
     with pytest.raises(SystemExit, match="is damaged"):
-        main("enjoy", "--env", ENV, "--no-render")
+        run_cli("enjoy", "--env", ENV, "--no-render")
 
 
 def test_best_of_several(folder: Path, tmp_path: Path) -> None:
-    main("export", "--env", ENV, "-f", folder / "logs", "-o", tmp_path / "best.onnx", "--n-candidates", 4)
+    run_cli("export", "--env", ENV, "-f", folder / "logs", "-o", tmp_path / "best.onnx", "--n-candidates", 4)
     assert Agent.load(tmp_path / "best.onnx").noise_shape == (4, 2, 2)
-    main("export", "--env", ENV, "-f", folder / "logs", "-o", tmp_path / "fixed.onnx", "--deterministic")
+    run_cli("export", "--env", ENV, "-f", folder / "logs", "-o", tmp_path / "fixed.onnx", "--deterministic")
     assert Agent.load(tmp_path / "fixed.onnx").noise_shape is None
 
 
@@ -110,14 +102,14 @@ def test_mistakes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     Path("damaged.onnx").write_bytes((folder / "agent.onnx").read_bytes()[:1000])
     with pytest.raises(SystemExit, match=message) as error:
-        main(*(str(folder / "agent.onnx") if part == "{agent}" else part for part in command))
+        run_cli(*(str(folder / "agent.onnx") if part == "{agent}" else part for part in command))
     assert "\n" not in str(error.value) or "Name the log folder" in message
     assert [path.name for path in tmp_path.iterdir()] == ["damaged.onnx"]
 
 
 def test_a_negative_number_of_episodes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main("export", "--env", ENV, "--eval-episodes", "-3")
+        run_cli("export", "--env", ENV, "--eval-episodes", "-3")
     assert "argument --eval-episodes: must be at least 0, got -3" in capsys.readouterr().err
 
 
@@ -125,7 +117,7 @@ def test_a_file_without_task_or_with_a_cost_function(tmp_path: Path) -> None:
     model = make_model_of(ALGD, gym.make(ENV), cost_limit=None, cost_key=lambda info: info["cost"])
     export_onnx(model, tmp_path / "function.onnx")
     with pytest.raises(SystemExit, match=r"read costs with a function \(cost_key\)"):
-        main("enjoy", "--onnx", tmp_path / "function.onnx", "--no-render")
+        run_cli("enjoy", "--onnx", tmp_path / "function.onnx", "--no-render")
     export_onnx(make_model_of(ALGD), tmp_path / "nameless.onnx")
     with pytest.raises(SystemExit, match="does not name its task: give --env"):
-        main("enjoy", "--onnx", tmp_path / "nameless.onnx", "--no-render")
+        run_cli("enjoy", "--onnx", tmp_path / "nameless.onnx", "--no-render")

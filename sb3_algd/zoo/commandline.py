@@ -156,9 +156,43 @@ def show_missing_agent(error: Exception, policies: bool = False) -> SystemExit:
             f"The agent of {options.env} that comes with the package is its last model alone: leave out --load-best and the "
             "other options that choose a model, or name the log folder of your training with -f."
         )
-    message = f"{error}\nName the log folder of your training with -f (the folder 'logs' by default there)."
+    said = one_line(error).rstrip(".")
+    message = f"{said}. Name the log folder of your training with -f (the folder 'logs' by default there)."
     agents = [path for path in folder.glob("*_[0-9]*") if policies or list(path.glob("*.zip"))]
     shipped = sorted(path.name.rsplit("_", 1)[0] for path in agents)
     if shipped:
         message += f" Without -f an agent that comes with the package is shown: {', '.join(shipped)}."
     return SystemExit(message)
+
+
+@contextlib.contextmanager
+def agent_played(
+    on_load: Callable[[ConstrainedOffPolicyAlgorithm], None] | None = None,
+    begun: Callable[[], object] = lambda: False,
+    policies: bool = False,
+) -> Iterator[None]:
+    """
+    Run one of the Zoo's commands that load an agent: with little memory, and one line for a mistake or a missing agent.
+
+    :param on_load: Called with each constrained agent that is loaded
+    :param begun: Whether the work has begun, which it has at the latest when an agent is loaded
+    :param policies: Whether the command takes policies without a model too
+    :raises SystemExit: With the line
+    """
+    loaded: list[ConstrainedOffPolicyAlgorithm] = []
+
+    def note(model: ConstrainedOffPolicyAlgorithm) -> None:
+        loaded.append(model)
+        if on_load is not None:
+            on_load(model)
+
+    def at_work() -> object:
+        return loaded or begun()
+
+    with agents_to_show(note), mistakes_in_one_line(begun=at_work):
+        try:
+            yield
+        except (AssertionError, ValueError) as error:
+            if at_work() or "found" not in str(error):
+                raise
+            raise show_missing_agent(error, policies) from error

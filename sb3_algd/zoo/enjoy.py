@@ -23,14 +23,12 @@ from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.export.description import ExportedConstraint
 from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import (
-    agents_to_show,
+    agent_played,
     default_option,
     default_to_stochastic,
     default_to_trained_agents,
-    mistakes_in_one_line,
     refuse_options,
     shipped_policy,
-    show_missing_agent,
 )
 from sb3_algd.zoo.exported import name_task, played_instead, take_own_options
 
@@ -131,16 +129,10 @@ def enjoy() -> None:
         sys.argv.append("--no-render")
     with (
         patch.object(rl_zoo3.enjoy, "create_test_env", create_counted_env),
-        agents_to_show(tell_counter),
+        agent_played(tell_counter, begun=lambda: counters, policies=True),
         contextlib.nullcontext() if path is None else played_instead(path, counters),
-        mistakes_in_one_line(begun=lambda: counters),
     ):
-        try:
-            rl_zoo3.enjoy.enjoy()
-        except (AssertionError, ValueError) as error:
-            if counters or "found" not in str(error):
-                raise
-            raise show_missing_agent(error, policies=True) from error
+        rl_zoo3.enjoy.enjoy()
     # Other algorithms have no limit
     if counters[-1].model is not None:
         print(counters[-1].report(options.max_cost))

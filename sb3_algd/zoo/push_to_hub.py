@@ -21,11 +21,9 @@ from sb3_algd.common.verdict import constraint_verdict
 from sb3_algd.export import export_policy
 from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import (
-    agents_to_show,
+    agent_played,
     default_option,
     default_to_stochastic,
-    mistakes_in_one_line,
-    show_missing_agent,
 )
 
 # Not by an import statement, which finds the function of that name
@@ -102,21 +100,14 @@ def push_to_hub() -> None:
 
     default_option("--algo", ALGO)
     default_to_stochastic()
-    loaded: list[object] = []
     with (
-        agents_to_show(loaded.append),
-        mistakes_in_one_line(begun=lambda: loaded),
+        agent_played(),
         patch.object(hub, "generate_metadata", _generate_metadata, create=True),
         patch.object(hub, "_evaluate_agent", evaluate_with_costs),
         patch.object(huggingface_hub.repocard, "metadata_save", save_card),
     ):
-        try:
-            # rl_zoo3 2.9.2 has this command outside any function
-            runpy.run_module("rl_zoo3.push_to_hub", run_name="__main__")
-        except (AssertionError, ValueError) as error:
-            if "found" not in str(error):
-                raise
-            raise show_missing_agent(error) from error
+        # rl_zoo3 2.9.2 has this command outside any function
+        runpy.run_module("rl_zoo3.push_to_hub", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ from stable_baselines3.common import vec_env
 
 from sb3_algd.zoo import ALGO
 from sb3_algd.zoo.commandline import (
-    agents_to_show,
+    agent_played,
     default_option,
     default_to_stochastic,
     default_to_trained_agents,
     given_options,
-    mistakes_in_one_line,
     refuse_options,
-    show_missing_agent,
 )
 
 
@@ -33,7 +31,6 @@ def record_video() -> None:
         # The Zoo's own default is the folder of the agent, here inside the installed package
         default_option("-o", "videos")
         default_to_trained_agents()
-    loaded: list[object] = []
     recorder = vec_env.VecVideoRecorder
 
     def record(venv: vec_env.VecEnv, folder: str, *args: Any, **kwargs: Any) -> vec_env.VecVideoRecorder:
@@ -43,16 +40,10 @@ def record_video() -> None:
 
     with (
         patch.object(vec_env, "VecVideoRecorder", record),
-        agents_to_show(loaded.append),
-        mistakes_in_one_line(begun=lambda: loaded),
+        agent_played(),
     ):
-        try:
-            # rl_zoo3 2.9.2 has this command outside any function
-            runpy.run_module("rl_zoo3.record_video", run_name="__main__")
-        except (AssertionError, ValueError) as error:
-            if "found" not in str(error):
-                raise
-            raise show_missing_agent(error) from error
+        # rl_zoo3 2.9.2 has this command outside any function
+        runpy.run_module("rl_zoo3.record_video", run_name="__main__")
 
 
 if __name__ == "__main__":
