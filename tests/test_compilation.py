@@ -1,6 +1,7 @@
 """The compiled update: the same numbers as the eager one, and when it is used."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 import sb3_algd.common.compilation as compilation
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.compilation import CompiledMethod
 from tests.conftest import PAPER, SMALL, Algorithm, CostlyEnv, make_env, make_model, make_model_of, same, weights
+from tests.test_checkpoint import assert_same_training, interrupted_and_resumed
 
 
 class Halves(gym.ObservationWrapper):
@@ -46,6 +50,15 @@ def gradients(model: Any) -> list[th.Tensor]:
     return found
 
 
+def distance(found: list[th.Tensor], expected: list[th.Tensor]) -> float:
+    """How far one vector is from another, as a share of its length."""
+    difference, length = (
+        sum(float(x.square().sum()) for x in xs) ** 0.5
+        for xs in ([a - b for a, b in zip(found, expected, strict=True)], expected)
+    )
+    return difference / length
+
+
 def run(model: Any, critic: Any, actor: Any, batch: Any) -> tuple[list[th.Tensor], list[th.Tensor]]:
     """Numbers and gradients of one update, with the same noise each time."""
     gradients(model)
@@ -70,8 +83,8 @@ CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_compiled_update_computes_what_the_eager_one_does(case: str) -> None:
+@pytest.mark.parametrize(("case", "bfloat16"), [*((case, False) for case in CASES), ("ve", True), ("sac_lag", True)])
+def test_a_compiled_update_computes_what_the_eager_one_does(case: str, bfloat16: bool) -> None:
     algorithm, kwargs = CASES[case]
     env: gym.Env = CostlyEnv(len(np.atleast_1d(kwargs.get("cost_limit", 5.0))))
     env = gym.wrappers.TimeLimit(Halves(env) if case == "dict" else env, 20)
@@ -80,7 +93,7 @@ def test_a_compiled_update_computes_what_the_eager_one_does(case: str) -> None:
     assert model.replay_buffer is not None
     told: list[str] = []
     critic, actor = (
-        CompiledMethod(method, model.device, True, lambda message, level: told.append(message))
+        CompiledMethod(method, model.device, lambda message, level: told.append(message))
         for method in (model._critic_losses, model._actor_loss)
     )
     batch: Any = model.replay_buffer.sample(32)
@@ -88,10 +101,18 @@ def test_a_compiled_update_computes_what_the_eager_one_does(case: str) -> None:
     for budget in (1e6, float(model._critic_losses(batch)[2].mean()), -1e6):
         model._budget = th.full_like(model._budget, budget)
         expected, expected_gradients = run(model, model._critic_losses, model._actor_loss, batch)
-        found, found_gradients = run(model, critic, actor, batch)
-        th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         scale = max(float(gradient.abs().max()) for gradient in expected_gradients)
-        th.testing.assert_close(found_gradients, expected_gradients, rtol=1e-3, atol=1e-5 * max(scale, 1.0))
+        with th.autocast("cpu", th.bfloat16, enabled=bfloat16):
+            found, found_gradients = run(model, critic, actor, batch)
+        if bfloat16:
+            # Which has 8 bits where single precision has 24
+            assert {value.dtype for value in (*found, *found_gradients)} == {th.float32}
+            assert any(not th.equal(a, b) for a, b in zip(found_gradients, expected_gradients, strict=True))
+            th.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+            assert distance(found_gradients, expected_gradients) < 0.1
+        else:
+            th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            th.testing.assert_close(found_gradients, expected_gradients, rtol=1e-3, atol=1e-5 * max(scale, 1.0))
     assert told == []
 
 
@@ -125,7 +146,7 @@ def test_a_third_shape_is_computed_eagerly(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(th, "compile", pretend)
     model, told = make_model(compile=False), []
-    method = CompiledMethod(model._actor_loss, model.device, True, lambda message, level: told.append((message, level)))
+    method = CompiledMethod(model._actor_loss, model.device, lambda message, level: told.append((message, level)))
     for rows in (4, 4, 8, 12, 4):
         method(th.zeros(rows, 3))
     assert [shape[0] for shape in compiled_for] == [4, 4, 8, 4]
@@ -142,7 +163,12 @@ def test_what_cannot_be_compiled_runs_eagerly_or_is_an_error(
     )
     model = make_model(Images(make_env()), verbose=1, **kwargs).learn(23)
     assert model._n_updates == 3
-    assert "Updates are not compiled: critic_losses cannot be compiled" in capsys.readouterr().out
+    # Once, and for good: in single precision, as all that is not compiled
+    model.learn(3, reset_num_timesteps=False)
+    out = capsys.readouterr().out
+    assert "Updates are not compiled: critic_losses cannot be compiled" in out
+    assert out.count("not compiled") == 1
+    assert not model._compiled
     with pytest.raises(RuntimeError, match=r"cannot be compiled .*use compile=False, or 'auto'"):
         make_model(Images(make_env()), compile=True, **kwargs).learn(23)
 
@@ -152,7 +178,8 @@ def test_what_cannot_be_compiled_runs_eagerly_or_is_an_error(
     [
         (True, True, 1, None),
         (True, True, 1000, "10 of them take less time than compiling"),
-        (False, True, 1, "on a CPU that needs reduced_precision"),
+        (False, True, 1, None),
+        (False, True, 7, "10 of them take less time than compiling"),
         (True, False, 1, "there is no C++ compiler"),
     ],
 )
@@ -160,6 +187,7 @@ def test_updates_are_compiled_where_that_pays(
     fast: bool, compiler: bool, updates: int, said: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "WORTHWHILE_UPDATES", updates)
+    monkeypatch.setattr(compilation, "WORTHWHILE_IN_FLOAT32", 2 * updates)
     monkeypatch.setattr(compilation, "has_fast_bfloat16", lambda device: fast)
     monkeypatch.setattr(compilation.shutil, "which", lambda name: "/bin/c++" if compiler else None)
     monkeypatch.setattr(th, "compile", lambda function, **options: function)
@@ -209,3 +237,53 @@ def test_the_policy_waits_for_the_critics(delay: int, algorithm: Algorithm) -> N
         changes.append(any(not th.equal(a, b) for a, b in zip(actor, now, strict=True)))
         actor = now
     assert changes == [(i + 1) % delay == 0 for i in range(6)]
+
+
+@pytest.mark.parametrize(("saved", "given", "compiled"), [(True, False, False), (False, True, True), (False, "auto", True)])
+def test_what_is_given_at_loading_decides(saved: bool, given: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "WORTHWHILE_IN_FLOAT32", 1)
+    monkeypatch.setattr(th, "compile", lambda function, **options: function)
+    model = make_model(compile=saved, reduced_precision=False).learn(21)
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    loaded = ALGD.load(file, env=make_env(), device="cpu", compile=given).learn(30, reset_num_timesteps=False)
+    assert bool(loaded._compiled) == compiled
+    model.compile = given
+    assert bool(model.learn(30, reset_num_timesteps=False)._compiled) == compiled
+
+
+def test_learning_goes_on_with_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def note(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(th, "compile", note)
+    model = make_model(compile=True).learn(21)
+    assert len(compiled) == 2
+    model.learn(5, reset_num_timesteps=False).learn(21)
+    assert len(compiled) == 2
+
+
+def test_updates_between_episodes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "WORTHWHILE_IN_FLOAT32", 8)
+    kwargs: dict[str, Any] = dict(reduced_precision=False, train_freq=(5, "episode"), gradient_steps=4, learning_starts=0)
+    # 5 episodes of 20 steps for 4 updates
+    assert not make_model(**kwargs)._pays_to_compile(199)
+    assert make_model(**kwargs)._pays_to_compile(200)
+
+
+def test_a_compiled_training_in_bfloat16_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    def envs_in_processes() -> VecEnv:
+        return make_vec_env(make_env, n_envs=2, vec_env_cls=SubprocVecEnv)
+
+    kwargs: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[8], denoising_steps=1), compile=True, reduced_precision=True)
+    whole, resumed = interrupted_and_resumed(ALGD, envs_in_processes, tmp_path, **kwargs)
+    assert_same_training(whole, resumed)
+    for model in (whole, resumed):
+        assert model._compiled.keys() == {"_critic_losses", "_actor_loss"} and model.uses_bfloat16
+        env = model.get_env()
+        assert env is not None
+        env.close()

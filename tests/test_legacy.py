@@ -18,7 +18,8 @@ from sb3_algd.common.lagrange import EpisodeController, LagrangeMultiplier
 from sb3_algd.common.legacy import adopt_saved
 
 DATA = Path(__file__).parent / "data"
-SHIPPED = Path(__file__).parents[1] / "trained_agents" / "algd" / "TwoModes-v0_1" / "TwoModes-v0.zip"
+#: Trained for 2,000 steps
+TRAINED = DATA / "algd_0.1.0_trained.zip"
 #: What version 0.1.0 itself says of the models: deterministic actions in this state, and the multiplier
 OBSERVATION = np.array([0.25], dtype=np.float32)
 ACTIONS = {"ve": [-0.9430947303771973, -0.24672538042068481], "ddpm": [0.027431607246398926, 0.17668652534484863]}
@@ -171,7 +172,7 @@ def test_attributes_of_a_model_of_today_stay() -> None:
 
 
 def test_the_agent_that_comes_along_keeps_its_limit() -> None:
-    model = ALGD.load(SHIPPED, device="cpu")
+    model = ALGD.load(TRAINED, device="cpu")
     assert model.cost_limit.tolist() == [64.0]
     mean_reward, _, mean_cost, _ = evaluate_policy(model, gym.make("TwoModes-v0"), 5, warn=False)
     assert 60 < mean_reward < 80 and 45 < mean_cost < 66
@@ -184,7 +185,7 @@ from stable_baselines3.common.save_util import load_from_pkl
 # Pickled classes are found by their old names, also before anything else of the package was imported
 buffer = load_from_pkl({str(DATA / "algd_0.1.0_buffer.pkl")!r})
 from sb3_algd import ALGD
-for path in {[str(DATA / "algd_0.1.0_ve.zip"), str(DATA / "algd_0.1.0_ddpm.zip"), str(SHIPPED)]!r}:
+for path in {[str(DATA / "algd_0.1.0_ve.zip"), str(DATA / "algd_0.1.0_ddpm.zip"), str(TRAINED)]!r}:
     print("action", *ALGD.load(path, device="cpu").predict(np.float32([0.25]), deterministic=True)[0])
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

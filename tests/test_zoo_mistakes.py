@@ -47,7 +47,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(tmp_path: Path, options: 
         (["enjoy"], "Name the task with --env"),
         (["enjoy", "--env", ENV, "--device", "cuda"], "--device cuda: PyTorch finds no CUDA device here"),
         (["enjoy", "--env", ENV, "--env-kwargs", "foo:1"], "unexpected keyword argument 'foo'"),
-        (["enjoy", "--env", ENV, "--load-best"], f"^The agent of {ENV} .* is its last model alone: leave out --load-best"),
+        (["enjoy", "--env", ENV, "--load-best"], f"^The agent of {ENV} .* is one model alone: leave out --load-best"),
         (["record_video", "--env", ENV, "-n", 3, "-o", "/proc/x"], "^/proc/x: No such file or directory"),
         (["record_video", "--env", "Safexp-PointButton1-v0"], r"is a policy alone \(.*policy.safetensors\)"),
         (["record_video", "--env", "Nowhere-v0"], f"agent that comes with the package is shown: {ENV}.$"),

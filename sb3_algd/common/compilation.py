@@ -10,7 +10,6 @@ from typing import Any, Generic, Literal, TypeVar
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs, TrainFreq, TrainFrequencyUnit
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 from sb3_algd.common.buffers import CostReplayBufferSamples
@@ -18,8 +17,9 @@ from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 
 Result = TypeVar("Result")
 
-#: Updates from which on compiling pays for itself: it takes 20 to 60 seconds, and saves 10 to 20 ms per update
-WORTHWHILE_UPDATES = 5_000
+#: Updates from which on compiling pays for itself, in bfloat16 and in single precision: it takes 20 to 60 seconds, and saves
+#: 10 to 20 ms per update in bfloat16, half of that otherwise
+WORTHWHILE_UPDATES, WORTHWHILE_IN_FLOAT32 = 5_000, 10_000
 #: Shapes that one function is compiled for; others are computed eagerly
 MAX_SHAPES = 2
 
@@ -60,20 +60,16 @@ class CompiledMethod(Generic[Result]):
     """
     A method that is compiled at its first call with arguments of each shape.
 
-    Random numbers are those of the eager method. Where the method cannot be compiled it runs eagerly from then on.
+    Random numbers are those of the eager method.
 
     :param method: A bound method that looks at no value of a tensor.
     :param device: Device of its tensors.
-    :param required: Whether to raise an error where it cannot be compiled.
     :param tell: Called with what a user may want to know, and the verbosity level that it takes.
     """
 
-    def __init__(
-        self, method: Callable[..., Result], device: th.device, required: bool, tell: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, method: Callable[..., Result], device: th.device, tell: Callable[[str, int], None]) -> None:
+        self.device = device
         self._eager = method
-        self._name = method.__name__.strip("_")
-        self._required = required
         self._tell = tell
         self._shapes: set[Any] = set()
         # With a code object of its own: PyTorch limits how often one is compiled, for all models of the process together
@@ -85,7 +81,7 @@ class CompiledMethod(Generic[Result]):
         options: dict[str, Any] = {"fallback_random": True}
         if device.type == "cuda":
             options["triton.cudagraphs"] = True
-        self._compiled: Callable[..., Result] | None = th.compile(
+        self._compiled: Callable[..., Result] = th.compile(
             types.MethodType(copy, bound.__self__), fullgraph=True, dynamic=False, options=options
         )
 
@@ -93,26 +89,16 @@ class CompiledMethod(Generic[Result]):
         """
         :param args: Of the method.
         :return: What the method returns.
-        :raises RuntimeError: If compilation is required and fails
+        :raises torch._dynamo.exc.TorchDynamoException: If it cannot be compiled
         """
-        if self._compiled is None:
-            return self._eager(*args)
         shapes = tuple(leaf.shape for leaf in tree_leaves(args) if isinstance(leaf, th.Tensor))
         if shapes not in self._shapes:
             if len(self._shapes) == MAX_SHAPES:
                 return self._eager(*args)
             if self._shapes:
-                self._tell(f"Compiling {self._name} again, for a batch of another shape", 2)
+                self._tell(f"Compiling {self._eager.__name__.strip('_')} again, for a batch of another shape", 2)
             self._shapes.add(shapes)
-        try:
-            return self._compiled(*args)
-        except TorchDynamoException as error:
-            what = f"{self._name} cannot be compiled ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-            if self._required:
-                raise RuntimeError(f"{what}: use compile=False, or 'auto' to go on without.") from error
-            self._tell(f"Updates are not compiled: {what}", 1)
-            self._compiled = None
-            return self._eager(*args)
+        return self._compiled(*args)
 
 
 class CompilingAlgorithm(CostAwareAlgorithm, ABC):
@@ -131,7 +117,7 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         super().__init__(*args, **kwargs)
         self.reduced_precision = reduced_precision
         self.compile = compile
-        #: What was decided at the start of training, the same in a training that is resumed
+        #: What ``"auto"`` has decided at the start of training, the same in a training that is resumed
         self._compiles: bool | None = None
         #: Compiled forms of methods, by their names
         self._compiled: dict[str, CompiledMethod[Any]] = {}
@@ -157,35 +143,46 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         arguments = super()._setup_learn(*args, **kwargs)
-        if self._compiles is None or self.num_timesteps == 0:
+        if self.compile != "auto":
+            self._compiles = None
+        elif self._compiles is None or self.num_timesteps == 0:
             self._compiles = self._pays_to_compile(arguments[0])
-        self._compiled = {}
-        if self._compiles:
-            reason = reason_against(self.device)
-            if reason is None:
-                for method in (self._critic_losses, self._actor_loss):
-                    self._compiled[method.__name__] = CompiledMethod(method, self.device, self.compile is True, self._tell)
-            elif self.compile is True:
-                raise RuntimeError(f"compile=True, but {reason}: install what is missing, or use compile='auto'.")
-            else:
-                self._compiles = False
-                self._tell(f"Updates are not compiled: {reason}", 1)
+        if self._compiles if self.compile == "auto" else self.compile:
+            self._compile_losses()
+        else:
+            self._compiled = {}
         return arguments
+
+    def _compile_losses(self) -> None:
+        reason = reason_against(self.device)
+        if reason is not None:
+            if self.compile is True:
+                raise RuntimeError(f"compile=True, but {reason}: install what is missing, or use compile='auto'.")
+            self._go_on_eagerly(reason)
+            return
+        for method in (self._critic_losses, self._actor_loss):
+            present = self._compiled.get(method.__name__)
+            if present is None or present.device != self.device:
+                self._compiled[method.__name__] = CompiledMethod(method, self.device, self._tell)
+
+    def _go_on_eagerly(self, reason: str) -> None:
+        self._tell(f"Updates are not compiled: {reason}", 1)
+        # For good, or a resumed training would try again, and differ by rounding
+        self._compiles = False
+        self._compiled = {}
 
     def _pays_to_compile(self, total_timesteps: int) -> bool:
         """Whether a training of this length is faster with the time that compiling takes."""
-        if self.compile != "auto":
-            return self.compile
         assert isinstance(self.train_freq, TrainFreq)
-        per_rollout = self.train_freq.frequency if self.train_freq.unit == TrainFrequencyUnit.STEP else self.episode_length
+        per_rollout = self.train_freq.frequency
+        if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
+            per_rollout *= self.episode_length
         updates = total_timesteps - self.learning_starts
         if self.gradient_steps >= 0:
             updates = updates // (per_rollout * self.n_envs) * self.gradient_steps
-        if updates < WORTHWHILE_UPDATES:
+        in_bfloat16 = self.reduced_precision and has_fast_bfloat16(self.device)
+        if updates < (WORTHWHILE_UPDATES if in_bfloat16 else WORTHWHILE_IN_FLOAT32):
             self._tell(f"Updates are not compiled: {max(updates, 0)} of them take less time than compiling", 1)
-            return False
-        if self.device.type == "cpu" and not (self.reduced_precision and has_fast_bfloat16(self.device)):
-            self._tell("Updates are not compiled: on a CPU that needs reduced_precision and units for bfloat16", 1)
             return False
         return True
 
@@ -202,8 +199,23 @@ class CompilingAlgorithm(CostAwareAlgorithm, ABC):
         :param name: Name of a method.
         :param args: Its arguments.
         :return: What it returns, computed in its compiled form where there is one
+        :raises RuntimeError: If compilation is required and fails
         """
-        return self._compiled.get(name, getattr(self, name))(*args)
+        method: Callable[..., Any] = getattr(self, name)
+        compiled = self._compiled.get(name)
+        if compiled is None:
+            return method(*args)
+        # Takes seconds to import
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return compiled(*args)
+        except TorchDynamoException as error:
+            what = f"{name.strip('_')} cannot be compiled ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+            if self.compile is True:
+                raise RuntimeError(f"{what}: use compile=False, or 'auto' to go on without.") from error
+            self._go_on_eagerly(what)
+            return method(*args)
 
     def _tell(self, message: str, level: int) -> None:
         if self.verbose >= level:

@@ -210,9 +210,9 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
         self._minimize(critic_loss + cost_critic_loss, [self.critic.optimizer, self.cost_critic.optimizer])
 
         metrics = {"critic_loss": critic_loss.detach(), "cost_critic_loss": cost_critic_loss.detach(), "risk": buffer_risk}
+        metrics = self._kept(metrics)
 
         # Actor. Another region: within one, autocast keeps its copies of the critics' weights, which have just changed
-        policy_risk = None
         if self._n_updates % self.policy_delay == 0:
             with precision():
                 actor_loss, actor_metrics, policy_risk, moments = self._call("_actor_loss", batch.observations)
@@ -220,12 +220,16 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
             if self.normalize:
                 self.units.keep(moments)
-            metrics.update(actor_metrics, policy_risk=policy_risk, policy_grad_norm=th.nn.utils.get_total_norm(gradients))
+            norm = th.nn.utils.get_total_norm(gradients)
+            metrics.update(self._kept({**actor_metrics, "policy_risk": policy_risk, "policy_grad_norm": norm}))
 
         # The paper's multiplier; the other one waits for the end of an episode
         if isinstance(self.lagrange_multiplier, LagrangeMultiplier) and self._constraint_acts:
-            self.lagrange_multiplier.update(buffer_risk - self._budget)
-        # The next update overwrites what CUDA graphs return
+            self.lagrange_multiplier.update(metrics["risk"] - self._budget)
+        return metrics
+
+    def _kept(self, metrics: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+        # What CUDA graphs return is overwritten later
         return metrics if self.device.type == "cpu" else {name: value.clone() for name, value in metrics.items()}
 
     @staticmethod

@@ -106,8 +106,9 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         losses, risks and optimizers stay in single precision). ``"auto"``: where updates are compiled and the device has
         units for them (AMX or AVX512-BF16, tensor cores)
     :param compile: Whether updates are compiled with ``torch.compile``, which takes up to a minute at the start of training.
-        ``"auto"``: for at least 5,000 updates, where a C++ compiler (CPU) or Triton (GPU) is found; on a CPU with
-        units for bfloat16 only. Random numbers are the same, results differ by rounding. See docs/performance.md
+        ``"auto"``: for a ``learn()`` of at least 5,000 updates in bfloat16, or 10,000 in single precision, where a C++
+        compiler (CPU) or Triton (GPU) is found. Random numbers are the same, results differ by rounding. See
+        docs/performance.md
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 

@@ -153,7 +153,7 @@ def show_missing_agent(error: Exception, policies: bool = False) -> SystemExit:
                 "Then name its log folder with -f."
             )
         return SystemExit(
-            f"The agent of {options.env} that comes with the package is its last model alone: leave out --load-best and the "
+            f"The agent of {options.env} that comes with the package is one model alone: leave out --load-best and the "
             "other options that choose a model, or name the log folder of your training with -f."
         )
     said = one_line(error).rstrip(".")

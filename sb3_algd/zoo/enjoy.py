@@ -69,8 +69,9 @@ class EpisodeCounter(VecEnvWrapper):
         assert self.model is not None
         assert self._tracker is not None
         limits = ", ".join(f"{limit:g}" for limit in self.model.cost_limit)
+        unit = " (discounted)" if self.model.cost_limit_discounted else ""
         for costs in list(self._tracker.discounted_costs)[len(self._tracker.discounted_costs) - n_ended :]:
-            print(f"Episode Cost: {', '.join(f'{cost:.2f}' for cost in costs)} (limit {limits})")
+            print(f"Episode Cost{unit}: {', '.join(f'{cost:.2f}' for cost in costs)} (limit {limits})")
 
     def report(self, max_cost: float | None = None) -> str:
         """
