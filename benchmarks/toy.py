@@ -64,7 +64,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         # 0, not a small one: Adam makes whole steps of the noise head, which only the guidance loss has gradients for
         "guidance_coef": 0.0,
         "score_coef": 1.0,
-        "score_kwargs": {"pairing": "before"},
+        "score_kwargs": {"pairing": "before", "temperature": 1.0},
         # It follows the multiplier faster than the mean of ten episodes does: with larger steps its cost swings
         "multiplier_kwargs": {"learning_rate": 0.08, "confidence": 0.5},
         # Without guidance only the push along the score moves samples: it has to take them all the way, 10 * 0.2

@@ -102,7 +102,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
     :param guidance_coef: Weight of the policy loss through the denoising chain. 0 for score matching alone, which also leaves
         the DDPM type's noise head as it is
     :param score_coef: Weight of the score matching loss
-    :param score_kwargs: Arguments of :class:`~sb3_algd.algd.score.ScoreMatching`: ``temperature`` (1), ``n_samples`` (4),
+    :param score_kwargs: Arguments of :class:`~sb3_algd.algd.score.ScoreMatching`: ``temperature`` (3), ``n_samples`` (4),
         ``pairing`` (``"after"``), ``grad_through_chain`` (False)
     :param use_policy_at_warmup: Whether the untrained policy acts before ``learning_starts`` (the paper's code)
         instead of uniformly random actions

@@ -18,7 +18,7 @@ class ScoreMatching:
     :param grad_through_chain: Whether the score loss also sends gradients back through the denoising chain (the paper's does)
     """
 
-    temperature: float = 1.0
+    temperature: float = 3.0
     n_samples: int = 4
     pairing: Literal["after", "before"] = "after"
     grad_through_chain: bool = False

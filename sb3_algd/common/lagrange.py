@@ -207,7 +207,7 @@ class EpisodeController(nn.Module):
         self,
         n_constraints: int = 1,
         init_value: PerConstraint = 0.0,
-        learning_rate: float = 0.05,
+        learning_rate: float = 0.03,
         max_value: float = 10.0,
         confidence: float = 1.0,
     ) -> None:
