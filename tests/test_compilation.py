@@ -111,7 +111,7 @@ def test_a_compiled_update_computes_what_the_eager_one_does(case: str, bfloat16:
             th.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
             assert distance(found_gradients, expected_gradients) < 0.1
         else:
-            th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            th.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
             th.testing.assert_close(found_gradients, expected_gradients, rtol=1e-3, atol=1e-5 * max(scale, 1.0))
     assert told == []
 
