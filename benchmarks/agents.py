@@ -26,7 +26,8 @@ SEED = 2_000_000
 HEADING = f"""# Agents that come with the package
 
 Policies alone, loaded without pickle, but for TwoModes-v0, which is a whole model. `sb3-algd enjoy --env <task>` plays
-them. They were trained with ALGD (VE) and its defaults of the time; seeds from 10 on have those of today. Return and cost are those of {N_EPISODES} stochastic
+them. They were trained with ALGD (VE) and its defaults of the time; seeds from 10 on have those of today.
+Return and cost are those of {N_EPISODES} stochastic
 episodes, with seeds of their own.
 
 | task | steps, seed, `rho` | return | cost |
