@@ -97,8 +97,8 @@ def test_a_compiled_update_computes_what_the_eager_one_does(case: str, bfloat16:
         for method in (model._critic_losses, model._actor_loss)
     )
     batch: Any = model.replay_buffer.sample(32)
-    # Active nowhere, somewhere, everywhere
-    for budget in (1e6, float(model._critic_losses(batch)[2].mean()), -1e6):
+    # Active nowhere, somewhere, everywhere. The risks are about 2: beside a budget of a million they would be lost to rounding
+    for budget in (1e2, float(model._critic_losses(batch)[2].mean()), -1e2):
         model._budget = th.full_like(model._budget, budget)
         expected, expected_gradients = run(model, model._critic_losses, model._actor_loss, batch)
         scale = max(float(gradient.abs().max()) for gradient in expected_gradients)
@@ -111,7 +111,7 @@ def test_a_compiled_update_computes_what_the_eager_one_does(case: str, bfloat16:
             th.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
             assert distance(found_gradients, expected_gradients) < 0.1
         else:
-            th.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+            th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             th.testing.assert_close(found_gradients, expected_gradients, rtol=1e-3, atol=1e-5 * max(scale, 1.0))
     assert told == []
 

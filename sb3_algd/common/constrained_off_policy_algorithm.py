@@ -209,8 +209,8 @@ class ConstrainedOffPolicyAlgorithm(LagrangianAlgorithm):
             critic_loss, cost_critic_loss, buffer_risk = self._call("_critic_losses", batch)
         self._minimize(critic_loss + cost_critic_loss, [self.critic.optimizer, self.cost_critic.optimizer])
 
-        metrics = {"critic_loss": critic_loss.detach(), "cost_critic_loss": cost_critic_loss.detach(), "risk": buffer_risk}
-        metrics = self._kept(metrics)
+        losses = {"critic_loss": critic_loss.detach(), "cost_critic_loss": cost_critic_loss.detach()}
+        metrics = self._kept({**losses, "risk": buffer_risk})
 
         # Actor. Another region: within one, autocast keeps its copies of the critics' weights, which have just changed
         if self._n_updates % self.policy_delay == 0:
