@@ -4,12 +4,14 @@ The command line: ``sb3-algd <command>``, or ``python -m sb3_algd.zoo <command>`
 It starts on a base install; each command says which extra it needs.
 """
 
+import argparse
 import contextlib
 import importlib
 import runpy
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+from unittest.mock import patch
 
 import sb3_algd
 from sb3_algd.common.mistakes import told_in_one_line
@@ -44,7 +46,7 @@ COMMANDS = {
     "plot_train": Command("draw the returns of training episodes", "rl_zoo3.plots:plot_train", "-a"),
     "all_plots": Command(
         "compare runs, with -k costs by their costs",
-        "rl_zoo3.plots:all_plots",
+        "sb3_algd.zoo.plot_costs:all_plots",
         "-a",
         (("-e", "--env"), ("-f", "--exp-folders")),
     ),
@@ -76,6 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         raise SystemExit(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}.")
+    with patch.object(argparse.ArgumentParser, "error", _refuse):
+        _run(name)
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """End with argparse's message alone: the usage of the Zoo's commands is 60 lines."""
+    parser.exit(2, f"{parser.prog}: {message}. {parser.prog} --help tells its options.\n")
+
+
+def _run(name: str) -> None:
+    """Run a command."""
     command = COMMANDS[name]
     # The options of the command follow its name
     sys.argv[:2] = [f"sb3-algd {name}"]
@@ -91,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"{name} needs {short} ({long}): {name} --help tells more.")
     # The figures look for files and read numbers without a check
     plots = module.startswith(("rl_zoo3.plots", "sb3_algd.zoo.plot_costs"))
-    advice = "Name the log folder with -f, or the file with -i and -o." if module.startswith("rl_zoo3") else ""
+    advice = "Name the log folder with -f, or the file with -i and -o." if name != "plot_costs" else ""
     with told_in_one_line(advice=advice) if plots else contextlib.nullcontext():
         status = getattr(importlib.import_module(module), function)()
     if status:

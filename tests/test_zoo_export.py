@@ -90,7 +90,7 @@ def test_best_of_several(folder: Path, tmp_path: Path) -> None:
         (["export", "--env", ENV, "--n-candidates", 2, "--policy-folder", "p"], "leave out --n-candidates"),
         (["export", "--env", "Nowhere-v0", "-f", "."], "Name the log folder"),
         (["export", "--env", "Safexp-PointButton2-v0"], "is a policy alone .* Train one with: sb3-algd train"),
-        (["export", "--env", ENV, "--env-kwargs", "foo:1"], "unexpected keyword argument 'foo'"),
+        (["export", "--env", ENV, "--env-kwargs", "foo:1"], "^TwoModesEnv has no argument 'foo'"),
         (["export", "--env", ENV, "--env-kwargs", "foo"], "^--env-kwargs foo: write key:value"),
         (["enjoy", "--onnx", "missing.onnx"], "No such file"),
         (["enjoy", "--onnx", "damaged.onnx"], r"damaged\.onnx is not a complete ONNX file"),

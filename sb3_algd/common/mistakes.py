@@ -1,6 +1,7 @@
 """Mistakes on the command line, which end a program with one line instead of a traceback."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import gymnasium as gym
@@ -26,6 +27,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
+    text = re.sub(r"^(\w+)\.__init__\(\) got an unexpected keyword argument", r"\1 has no argument", text)
     if isinstance(error, KeyError):
         return f"there is no {text}"
     return text or type(error).__name__

@@ -191,9 +191,7 @@ def prepare_folder(
     differing = [key for key in sorted((stored.keys() | now.keys()) - free) if stored.get(key) != now.get(key)]
     if differing:
         changes = ", ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in differing)
-        raise SystemExit(
-            f"{folder} holds runs with other settings ({changes}). Give another --out, or --name if there is one."
-        )
+        raise SystemExit(f"{folder} holds runs with other settings ({changes}). Give another --out.")
 
 
 def _flat(described: dict[str, Any]) -> dict[str, Any]:

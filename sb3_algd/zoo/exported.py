@@ -13,9 +13,11 @@ import numpy as np
 import rl_zoo3.enjoy
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_algd.common.mistakes import one_line
 from sb3_algd.export.description import ExportedConstraint, ask_for_cost_key
 from sb3_algd.export.policy_file import LoadedPolicy, load_policy
 from sb3_algd.export.spaces import as_dict
+from sb3_algd.train import at_least
 from sb3_algd.zoo.commandline import default_option, given_options
 from sb3_algd_runtime import Agent
 
@@ -57,7 +59,7 @@ def take_own_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("options of sb3_algd")
     group.add_argument("--onnx", metavar="FILE", help="play an exported agent; its task is known from the file")
-    group.add_argument("--max-cost", type=float, help="the largest cost that an episode can have, for the verdict")
+    group.add_argument("--max-cost", type=at_least(0.0), help="the largest cost that an episode can have, for the verdict")
     if {"-h", "--help"} & set(sys.argv):
         print(parser.format_help().partition("\n\n")[2])
     options, sys.argv[1:] = parser.parse_known_args()
@@ -73,8 +75,10 @@ def name_task(path: str) -> None:
     """
     try:
         agent = Agent.load(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise SystemExit(f"{one_line(error)}. Write an agent to a file with: sb3-algd export") from error
+    except (ValueError, ImportError) as error:
+        raise SystemExit(one_line(error)) from error
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--env", default=agent.metadata.get("task"))
     task = parser.parse_known_args()[0].env

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -22,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_algd.common.callbacks import CostEvalCallback, CostProgressBarCallback, RemainingTimeCallback
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
+from sb3_algd.common.constraint import declared_by_env
 from sb3_algd.common.evaluation import describe_evaluation
 from sb3_algd.common.legacy import refuse_old_arguments
 from sb3_algd.zoo import CONFIGS, is_constrained, storage
@@ -45,10 +47,17 @@ def _evaluate_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_schedule(value: Any, name: str) -> None:
+    """Refuse a string that the Zoo would read as a schedule and stumble over."""
+    if isinstance(value, str) and re.fullmatch(r"[a-z]+_[-+.e\d]+", value) is None:
+        raise ValueError(f"`{name}` must be a number, or 'lin_3e-4' for a linear schedule from it, got {value!r}.")
+
+
 def _make_schedule(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
     """Make a schedule of a string: rl_zoo3 2.9.2 knows four names of schedules and leaves any other one as it is."""
     if not isinstance(kwargs.get(name), str):
         return kwargs
+    _check_schedule(kwargs[name], name)
     return {**kwargs, name: ExperimentManager._preprocess_schedules({"learning_rate": kwargs[name]})["learning_rate"]}
 
 
@@ -68,12 +77,16 @@ class CostExperimentManager(ExperimentManager):
         ours = CONFIGS / (f"{algo}.yml" if given is None else given)
         if (given is None or not os.path.exists(given)) and ours.is_file():
             kwargs["config"] = str(ours)
+        elif given is not None and str(given).endswith(".yml") and not os.path.exists(given):
+            names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yml")))
+            raise ValueError(f"--conf-file {given}: there is no such file. Those of the package are {names}.")
         super().__init__(args, algo, *rest, **kwargs)
         self.is_constrained = is_constrained(algo)
         if self.is_constrained:
             # The policy whose cost is limited is the stochastic one: it may exceed the limit where its mean actions do not
             self.deterministic_eval = False
         self._costs_reported = False
+        self._limit_given = True
         #: Whether training or tuning has begun
         self.started = False
         #: The folder of results and those around it, as far as this run has made them, innermost first
@@ -109,6 +122,7 @@ class CostExperimentManager(ExperimentManager):
                 print(f"With the parameters of trial {trial_id}:")
                 pprint(saved_hyperparams)
             refuse_old_arguments(hyperparams)
+            self._limit_given = self.continue_training or "cost_limit" in hyperparams
         cost_key = hyperparams.get("cost_key", "cost")
         if isinstance(cost_key, str):
             self._report_episode_costs(cost_key)
@@ -128,11 +142,17 @@ class CostExperimentManager(ExperimentManager):
         :param eval_env: Whether they are for evaluation
         :param no_log: Whether to leave out monitor.csv
         :return: The environments, whose monitor.csv has a column of costs
+        :raises ValueError: If there is no cost limit
         """
         keywords = tuple(self.monitor_kwargs.get("info_keywords", ()))
         if EPISODE_COST not in keywords and self._costs_reported:
             self.monitor_kwargs = {**self.monitor_kwargs, "info_keywords": (*keywords, EPISODE_COST)}
-        return super().create_envs(n_envs, eval_env, no_log)
+        env = super().create_envs(n_envs, eval_env, no_log)
+        if not self._limit_given and declared_by_env(env, "cost_limit") is None:
+            # The algorithm would warn and take Safety-Gymnasium's
+            env.close()
+            raise ValueError(f"{self.env_name.gym_id} declares no cost limit: give one with -params cost_limit:10.")
+        return env
 
     def create_callbacks(self) -> None:
         """Create the Zoo's callbacks, with one that evaluates costs."""
@@ -179,6 +199,7 @@ class CostExperimentManager(ExperimentManager):
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        _check_schedule(hyperparams.get("learning_rate"), "learning_rate")
         hyperparams = ExperimentManager._preprocess_schedules(hyperparams)
         for key in SCHEDULES:
             hyperparams = _make_schedule(hyperparams, key)

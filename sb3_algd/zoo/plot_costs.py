@@ -5,6 +5,8 @@ Draw return and cost of evaluations during training, with the limit.
 """
 
 import argparse
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,9 @@ def plot_costs() -> None:
             f"No evaluated run on {args.env} in {', '.join(map(str, names))}: name the "
             "log folder with -f and the algorithm with -a."
         )
+    for path, label in zip(names, labels, strict=True):
+        if not runs[label]:
+            print(f"{label}: not drawn, because there is no evaluated run on {args.env} in {path}")
     curves = {label: [read_evaluations(run / "evaluations.npz", args.constraint) for run in runs[label]] for label in runs}
     limit, discounted = read_cost_limit(found[0], args.constraint)
     limit = limit if args.cost_limit is None else args.cost_limit
@@ -88,6 +93,29 @@ def plot_costs() -> None:
     output = args.output or Path(f"{EnvironmentName(args.env)}.png")
     plot_learning_curves({label: seeds for label, seeds in curves.items() if seeds}, output, args.env, limit, discounted)
     print(f"Drawn from {len(found)} run(s): {output}")
+
+
+def all_plots() -> None:
+    """
+    Run the Zoo's ``all_plots``, which would draw nothing and print zeros where there are no runs.
+
+    :raises SystemExit: If a task has no evaluated run
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-a", "--algos", nargs="+", default=[])
+    parser.add_argument("-e", "--env", nargs="+", default=[])
+    parser.add_argument("-f", "--exp-folders", nargs="+", type=Path, default=[])
+    given = parser.parse_known_args()[0]
+    if not {"-h", "--help"} & set(sys.argv):
+        paths = [folder / algo.lower() for folder in given.exp_folders for algo in given.algos]
+        for env in given.env:
+            # As the Zoo looks for them
+            if not any(env in run.parent.name for path in paths for run in path.glob("*/evaluations.npz")):
+                raise SystemExit(
+                    f"No evaluated run on {env} in {', '.join(map(str, paths))}: name the "
+                    "log folder with -f and the algorithm with -a."
+                )
+    importlib.import_module("rl_zoo3.plots").all_plots()
 
 
 if __name__ == "__main__":
