@@ -1,5 +1,6 @@
 """What several test files need: environments with known costs, small models, and the algorithms that tests run through."""
 
+import os
 import sys
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -25,6 +26,12 @@ SMALL: dict[str, Any] = dict(net_arch=[16, 16])
 PAPER: dict[str, Any] = dict(
     penalty="pointwise", rho=1.0, normalize=False, constraint_start=0.0, cost_target_risk_coef=0.0, policy_delay=1
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logs_of_sb3(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SB3 makes a log folder for every ``learn()``: in pytest's folder, which pytest removes."""
+    os.environ["SB3_LOGDIR"] = str(tmp_path_factory.mktemp("logs_of_sb3"))
 
 
 @pytest.fixture(params=[ALGD, SACLag])
