@@ -1,6 +1,5 @@
 """What keeps a long run from going wrong silently."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,21 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_algd import ALGD, evaluate_policy
+from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
+from sb3_algd.common.checkpoint_files import read_manifest
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.guards import NormalizationBackup, check_finite
-from tests.conftest import Algorithm, BrokenEnv, CostlyEnv, make_env, make_model, make_model_of, same, weights
+from tests.conftest import (
+    Algorithm,
+    BrokenEnv,
+    CostlyEnv,
+    make_env,
+    make_model,
+    make_model_of,
+    make_one_env,
+    same,
+    weights,
+)
 
 
 class NotFiniteEnv(CostlyEnv):
@@ -176,6 +187,40 @@ def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorith
     assert all(th.isfinite(value).all() for value in weights(model).values())
 
 
+def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
+    class Spoil(BaseCallback):
+        model: ALGD
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 45:
+                with th.no_grad():
+                    next(self.model.cost_critic.parameters()).fill_(th.nan)
+            return True
+
+    # Without updates, nothing but the callback can notice
+    model = make_model(make_one_env(), gradient_steps=0)
+    with pytest.raises(FloatingPointError, match=r"not finite at step 60.*The checkpoint of step 40 stays"):
+        model.learn(100, [Spoil(), ResumableCheckpointCallback(20, tmp_path)])
+    assert read_manifest(tmp_path)["num_timesteps"] == 40
+
+
+def test_divergence_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    class Spoil(BaseCallback):
+        model: ALGD
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 50:
+                with th.no_grad():
+                    next(self.model.critic.parameters()).fill_(th.inf)
+            return True
+
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        make_model(make_one_env()).learn(100, [Spoil(), ResumableCheckpointCallback(20, tmp_path)])
+    resumed = resume(tmp_path, make_one_env())
+    assert resumed.num_timesteps == 100
+    assert all(th.isfinite(value).all() for value in weights(resumed).values())
+
+
 # --- environments ----------------------------------------------------------------------------------------------------
 
 
@@ -269,39 +314,6 @@ def test_a_six_tuple_environment_in_an_evaluation_gives_the_advice() -> None:
         evaluate_policy(make_model(), BrokenEnv("six"), warn=False)
 
 
-def limited_env(cost_limit: float, steps: int = 20) -> gym.Env:
-    env = make_env(steps=steps)
-    env.unwrapped.cost_limit = cost_limit  # type: ignore[attr-defined]
-    return env
-
-
-def test_another_declared_constraint_is_noticed(tmp_path: Path) -> None:
-    model = make_model(limited_env(7.0), cost_limit=None)
-    model.save(tmp_path / "model")
-
-    with pytest.warns(
-        UserWarning, match=r"declares cost_limit = \[9.0\], but the model keeps its own, \[7.0\].*cost_limit=9.0"
-    ) as record:
-        loaded = ALGD.load(tmp_path / "model", env=limited_env(9.0))
-    assert len(record) == 1 and record[0].filename == __file__
-    assert np.asarray(loaded.cost_limit).tolist() == [7.0]
-    with pytest.warns(UserWarning, match=r"declares episode_length = \[30\], but the model keeps its own, \[20\]") as record:
-        model.set_env(limited_env(7.0, steps=30))
-    assert len(record) == 1 and record[0].filename == __file__
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.set_env(limited_env(7.0, steps=30))  # has been said
-        ALGD.load(tmp_path / "model", env=limited_env(7.0))
-        ALGD.load(tmp_path / "model")
-        # What is given counts, and needs no warning
-        loaded = ALGD.load(tmp_path / "model", env=limited_env(9.0, steps=30), cost_limit=8.0, episode_length=30)
-        assert np.asarray(loaded.cost_limit).tolist() == [8.0] and loaded.episode_length == 30
-        # A limit of one's own stays one's own
-        make_model(limited_env(7.0), cost_limit=5.0).save(tmp_path / "own")
-        ALGD.load(tmp_path / "own", env=limited_env(7.0))
-
-
 def test_warnings_point_at_the_users_line() -> None:
     with pytest.warns(UserWarning, match="a limit of 25 per episode") as record:
         make_model(cost_limit=None)
@@ -362,67 +374,3 @@ def test_a_cost_that_is_no_number_is_named(cost: Any) -> None:
         ValueError, match=r"reported a cost that is no number and no sequence of numbers: .*cost_key=<function"
     ):
         make_model(cost_key=lambda info: cost).learn(5)
-
-
-# --- the horizon -----------------------------------------------------------------------------------------------------
-
-
-class EndsByItself(CostlyEnv):
-    """
-    Cuts its episodes off itself, where no ``TimeLimit`` can tell.
-
-    :param lengths: Of the episodes, in turn
-    """
-
-    def __init__(self, lengths: list[int], terminated: bool = False) -> None:
-        super().__init__()
-        self.lengths, self.terminated = lengths, terminated
-
-    def reset(self, **kwargs: Any) -> Any:
-        self.left = self.lengths[0]
-        self.lengths = [*self.lengths[1:], self.lengths[0]]
-        return super().reset(**kwargs)
-
-    def step(self, action: np.ndarray) -> Any:
-        obs, reward, _, _, info = super().step(action)
-        self.left -= 1
-        return obs, reward, self.terminated and self.left == 0, self.left == 0, info
-
-
-@pytest.mark.parametrize(
-    "kwargs, ratio", [(dict(cost_gamma=0.99), 0.11), (dict(cost_gamma=0.95, cost_limit_discounted=True), 0.28)]
-)
-def test_episodes_that_are_shorter_than_the_assumed_horizon_are_noticed(
-    algorithm: Algorithm, kwargs: dict[str, Any], ratio: float
-) -> None:
-    message = rf"ends its episodes after 20 steps, but a horizon of 1000 .* is {ratio} times .*Give episode_length=20"
-    env = make_vec_env(lambda: EndsByItself([20]), n_envs=1)
-    with pytest.warns(UserWarning, match="1000 steps are assumed"):
-        model = make_model_of(algorithm, env, learning_starts=1000, **kwargs)
-    with pytest.warns(UserWarning, match=message) as caught:
-        model.learn(100)
-    assert sum("horizon" in str(warning.message) for warning in caught) == 1
-    before = model.cost_budget.copy()
-    model.episode_length = 20
-    assert before / model.cost_budget == pytest.approx(ratio, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    "lengths, terminated, kwargs",
-    [
-        ([20, 21], False, {}),
-        ([20], True, {}),
-        ([20], False, dict(episode_length=50)),
-        ([20], False, dict(cost_limit_discounted=True, cost_gamma=0.99)),
-        ([20], False, dict(cost_gamma=1.0)),
-    ],
-)
-def test_a_horizon_that_is_given_or_that_nothing_contradicts_is_left_alone(
-    lengths: list[int], terminated: bool, kwargs: dict[str, Any]
-) -> None:
-    env = make_vec_env(lambda: EndsByItself(lengths, terminated), n_envs=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No episode_length was given")
-        model = make_model(env, learning_starts=1000, **kwargs)
-        warnings.simplefilter("error")
-        model.learn(130)

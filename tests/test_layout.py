@@ -72,9 +72,10 @@ def test_every_room_is_known_and_used() -> None:
 
 
 def test_a_file_fits_into_a_head() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
-    assert lengths["algd/algd.py"] <= 300
+    tests = sorted(Path(__file__).parent.glob("*.py"))
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES + tests}
+    assert {path.name: length for path, length in lengths.items() if length > 400} == {}
+    assert lengths[ROOT / "algd" / "algd.py"] <= 300
 
 
 def test_the_core_needs_no_optional_package() -> None:

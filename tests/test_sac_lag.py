@@ -22,11 +22,7 @@ from tests.conftest import PAPER
 
 
 class TwoCostsEnv(gym.Env):
-    """
-    Random observations; the reward is the sum of the actions, two costs are functions of the action.
-
-    :param reward: Factor of the reward
-    """
+    """Random observations; the reward is ``reward`` times the sum of the actions, the costs are their squares."""
 
     observation_space = spaces.Box(-1.0, 1.0, shape=(3,), dtype=np.float32)
     action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
