@@ -19,7 +19,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     # A Gaussian policy under the same limit, with the paper's penalty and with the default one
     "sac-augmented": (SACLag, "MlpPolicy", {"penalty": "pointwise", "rho": 0.1}),
     "sac-lagrangian": (SACLag, "MlpPolicy", {}),
-    # Without any constraint, what SB3's users have today; docs/results.md has the runs that these arguments were chosen by
+    # Without any constraint, what SB3's users have today; how these arguments were chosen is in docs/results-0.1.0.md
     "sac": (SAC, "MlpPolicy", TUNED),
     "tqc": (TQC, "MlpPolicy", TUNED),
 }
