@@ -55,7 +55,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(tmp_path: Path, options: 
         (["enjoy", "--onnx", "nofile.onnx"], "^nofile.onnx: No such file or directory. Write an agent to a file with:"),
         (["record_video", "--env", ENV, "-n", 3, "-o", "/proc/x"], "^/proc/x: No such file or directory"),
         (["record_video", "--env", "Safexp-PointButton1-v0"], r"is a policy alone \(.*policy.safetensors\)"),
-        (["record_video", "--env", "Nowhere-v0"], f"agent that comes with the package is shown: {ENV}.$"),
+        (["record_video", "--env", "Nowhere-v0"], f"agent that comes with the package is taken: {ENV}.$"),
     ],
 )
 def test_mistakes_of_those_who_watch(
@@ -128,7 +128,7 @@ def test_what_the_command_line_cannot_be_is_one_line(options: list[str], capsys:
 def test_enjoy_names_the_way_out_where_there_is_no_agent(name: str, shipped: bool, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="Name the log folder") as caught:
         run_cli("enjoy", "--algo", name, "--env", ENV, "-f", tmp_path, "--no-render")
-    _, shown, agents = str(caught.value).partition("Without -f an agent that comes with the package is shown: ")
+    _, shown, agents = str(caught.value).partition("Without -f an agent that comes with the package is taken: ")
     assert "\n" not in str(caught.value)
     assert (bool(shown) and ENV in agents) == shipped
 

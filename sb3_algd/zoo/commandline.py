@@ -161,7 +161,7 @@ def show_missing_agent(error: Exception, policies: bool = False) -> SystemExit:
     agents = [path for path in folder.glob("*_[0-9]*") if policies or list(path.glob("*.zip"))]
     shipped = sorted(path.name.rsplit("_", 1)[0] for path in agents)
     if shipped:
-        message += f" Without -f an agent that comes with the package is shown: {', '.join(shipped)}."
+        message += f" Without -f an agent that comes with the package is taken: {', '.join(shipped)}."
     return SystemExit(message)
 
 
