@@ -34,7 +34,7 @@ from sb3_algd.common.checkpoint_files import MANIFEST, read_manifest
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
 from sb3_algd.common.evaluation import describe_evaluation
-from sb3_algd.common.mistakes import told_in_one_line
+from sb3_algd.common.mistakes import one_line, told_in_one_line
 from sb3_algd.common.recorder import LearningCurveRecorder, Row, describe, evaluation_seed, make_envs
 from sb3_algd.plotting import plot_learning_curves, read_curve
 
@@ -343,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         gym.spec(args.env)
     except (gym.error.Error, ImportError, ValueError) as error:
-        raise SystemExit(f"--env {args.env}: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"--env {args.env}: {one_line(error)}") from None
     refuse_arguments(*ALGORITHMS[args.algo], args.env, model_kwargs_of(args), args.device)
     started = time.monotonic()
     # The networks are small. A second thread gains a third on an idle machine; beside another busy process, threads that wait

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from sb3_algd import ALGD, evaluate_policy
+from sb3_algd import evaluate_policy
 from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
 from sb3_algd.common.checkpoint_files import read_manifest
 from sb3_algd.common.constrained_off_policy_algorithm import ConstrainedOffPolicyAlgorithm
@@ -187,35 +187,35 @@ def test_spoilt_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch, algorith
     assert all(th.isfinite(value).all() for value in weights(model).values())
 
 
+class SpoilCritic(BaseCallback):
+    """
+    Fills weights of critics with a value.
+
+    :param name: Which critics, ``"critic"`` or ``"cost_critic"``
+    """
+
+    def __init__(self, name: str, step: int, value: float) -> None:
+        super().__init__()
+        self.name, self.step, self.value = name, step, value
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.step:
+            with th.no_grad():
+                next(getattr(self.model, self.name).parameters()).fill_(self.value)
+        return True
+
+
 def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
-    class Spoil(BaseCallback):
-        model: ALGD
-
-        def _on_step(self) -> bool:
-            if self.num_timesteps == 45:
-                with th.no_grad():
-                    next(self.model.cost_critic.parameters()).fill_(th.nan)
-            return True
-
     # Without updates, nothing but the callback can notice
     model = make_model(make_one_env(), gradient_steps=0)
     with pytest.raises(FloatingPointError, match=r"not finite at step 60.*The checkpoint of step 40 stays"):
-        model.learn(100, [Spoil(), ResumableCheckpointCallback(20, tmp_path)])
+        model.learn(100, [SpoilCritic("cost_critic", 45, th.nan), ResumableCheckpointCallback(20, tmp_path)])
     assert read_manifest(tmp_path)["num_timesteps"] == 40
 
 
 def test_divergence_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    class Spoil(BaseCallback):
-        model: ALGD
-
-        def _on_step(self) -> bool:
-            if self.num_timesteps == 50:
-                with th.no_grad():
-                    next(self.model.critic.parameters()).fill_(th.inf)
-            return True
-
     with pytest.raises(FloatingPointError, match="training diverged"):
-        make_model(make_one_env()).learn(100, [Spoil(), ResumableCheckpointCallback(20, tmp_path)])
+        make_model(make_one_env()).learn(100, [SpoilCritic("critic", 50, th.inf), ResumableCheckpointCallback(20, tmp_path)])
     resumed = resume(tmp_path, make_one_env())
     assert resumed.num_timesteps == 100
     assert all(th.isfinite(value).all() for value in weights(resumed).values())

@@ -15,7 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_algd import ALGD, __version__
 from sb3_algd.common.cost_aware_algorithm import CostAwareAlgorithm
-from sb3_algd.common.mistakes import told_in_one_line
+from sb3_algd.common.mistakes import one_line, told_in_one_line
 
 #: Class, policy, and arguments on top of its own defaults
 Algorithm = tuple[type[BaseAlgorithm], str, dict[str, Any]]
@@ -144,7 +144,7 @@ def declared_limit(task: str, cost_limit: float | None = None) -> float | None:
     try:
         env = gym.make(task)
     except (gym.error.Error, ImportError) as error:
-        raise SystemExit(f"Cannot make the task {task}: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"Cannot make the task {task}: {one_line(error)}") from error
     limit = cost_limit
     if limit is None and env.has_wrapper_attr("cost_limit"):
         limit = env.get_wrapper_attr("cost_limit")

@@ -87,7 +87,7 @@ def name_task(path: str) -> None:
     try:
         gym.spec(task)
     except (gym.error.Error, ImportError, ValueError) as error:
-        raise SystemExit(f"--env {task}: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"--env {task}: {one_line(error)}") from None
     default_option("--env", task)
 
 

@@ -7,6 +7,7 @@ Draw return and cost of evaluations during training, with the limit.
 import argparse
 import importlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,12 @@ def collect(folder: Path, env_id: str) -> list[Path]:
     return [path.parent for path in sorted(folder.glob(f"{EnvironmentName(env_id)}_[0-9]*/evaluations.npz"))]
 
 
+def no_run(env_id: str, folders: Iterable[Path]) -> SystemExit:
+    """:param env_id: A task. :param folders: Where no run of it was evaluated. :return: What to do, to be raised."""
+    places = ", ".join(map(str, folders))
+    return SystemExit(f"No evaluated run on {env_id} in {places}: name the log folder with -f and the algorithm with -a.")
+
+
 def plot_costs() -> None:
     """Draw the figure that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,10 +83,7 @@ def plot_costs() -> None:
     runs = {label: collect(path, args.env) for label, path in zip(labels, names, strict=True)}
     found = [run for label in runs for run in runs[label]]
     if not found:
-        raise SystemExit(
-            f"No evaluated run on {args.env} in {', '.join(map(str, names))}: name the "
-            "log folder with -f and the algorithm with -a."
-        )
+        raise no_run(args.env, names)
     for path, label in zip(names, labels, strict=True):
         if not runs[label]:
             print(f"{label}: not drawn, because there is no evaluated run on {args.env} in {path}")
@@ -111,10 +115,7 @@ def all_plots() -> None:
         for env in given.env:
             # As the Zoo looks for them
             if not any(env in run.parent.name for path in paths for run in path.glob("*/evaluations.npz")):
-                raise SystemExit(
-                    f"No evaluated run on {env} in {', '.join(map(str, paths))}: name the "
-                    "log folder with -f and the algorithm with -a."
-                )
+                raise no_run(env, paths)
     importlib.import_module("rl_zoo3.plots").all_plots()
 
 
