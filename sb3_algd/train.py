@@ -329,7 +329,7 @@ def report(model: CostAwareAlgorithm, env_id: str, seed: int, best: Path) -> Non
             print(describe_evaluation(name, candidate, env, n_episodes, deterministic))
             env.close()
     if not best.is_file():
-        print("No evaluation was within the limit")
+        print("No evaluation was within the limit with 95 % confidence: there is no best feasible model.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
