@@ -192,6 +192,8 @@ class SpoilCritic(BaseCallback):
     Fills weights of critics with a value.
 
     :param name: Which critics, ``"critic"`` or ``"cost_critic"``
+    :param step: When
+    :param value: Which value
     """
 
     def __init__(self, name: str, step: int, value: float) -> None:
