@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import sb3_algd
-from benchmarks import agents, plot, run, settings, toy
+from benchmarks import agents, plot, run, settings, toy, two_constraints
 from sb3_algd import ALGD, SACLag
 from sb3_algd.common.recorder import COLUMNS
 from sb3_algd.compare import engine
@@ -140,6 +140,21 @@ def test_the_sacs_with_a_constraint_differ_in_the_penalty_only() -> None:
     assert [model.penalty for model in models.values()] == ["pointwise", "expectation"]
     # As ALGD's default, with which they are compared
     assert ALGD("MlpPolicy", "TwoModes-v0", device="cpu").penalty == "expectation"
+
+
+def test_two_limits_on_a_real_task(tmp_path: Path) -> None:
+    two_constraints.main(["--steps", "410", "--eval-every", "205", "--episodes", "1", "--out", str(tmp_path)])
+    curve = read_curve(tmp_path / "seed0.csv")
+    assert curve["step"].tolist() == [205.0, 410.0]
+    # Both are counts of steps
+    assert all(
+        0.0 <= cost <= 400.0 and cost == round(cost) for name in two_constraints.NAMES for cost in curve[f"cost_{name}"]
+    )
+    # A standstill is not fast, a metre and a half per second is
+    obs = np.zeros(76)
+    assert two_constraints.both_costs(obs, obs[:2], obs, {"cost": 1.0}) == [1.0, 0.0]
+    obs[two_constraints.VELOCITY] = [0.9, -1.2]
+    assert two_constraints.both_costs(obs, obs[:2], obs, {"cost": 0.0}) == [0.0, 1.0]
 
 
 # --- committed results --------------------------------------------------------------------------------------------------

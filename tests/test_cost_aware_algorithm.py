@@ -47,6 +47,10 @@ class PaidEnv(gym.Env):
         return obs, self.reward, False, False, {"cost": self.cost, "double": 2 * self.cost}
 
 
+def own_costs(info: dict[str, Any]) -> list[float]:
+    return [info["cost"], 2.0 * info["cost"]]
+
+
 def make_env(cost: float = 1.0, steps: int = 10, **declared: Any) -> gym.Env:
     return gym.wrappers.TimeLimit(PaidEnv(cost, **declared), steps)
 
@@ -204,6 +208,14 @@ def test_a_limit_is_a_plain_sum_where_the_environment_declares_no_unit() -> None
         model = make_model(make_env(cost_limit=3.0), cost_limit=15)
     assert model.cost_limit_discounted is False
     assert model.cost_budget == pytest.approx(15 * budget_per_unit_cost(10, 0.99))
+
+
+def test_own_costs_may_have_more_limits_than_the_environment_declares() -> None:
+    with pytest.raises(ValueError, match=r"the environment has 1 constraint.* say with cost_key=<function of info> which"):
+        make_model(make_env(cost_limit=3.0), cost_limit=[3.0, 5.0])
+    model = make_model(make_env(cost_limit=3.0), cost_limit=[3.0, 5.0], cost_key=own_costs).learn(20)
+    assert model.n_constraints == 2
+    assert np.mean(model.ep_cost_buffer, axis=0).tolist() == [10.0, 20.0]
 
 
 def test_another_unit_of_a_new_environment_is_noticed() -> None:

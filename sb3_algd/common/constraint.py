@@ -87,7 +87,9 @@ def declared_by_env(env: VecEnv, name: str) -> Any:
     return values[0]
 
 
-def settle_cost_limit(cost_limit: Any, discounted: bool | None, env: VecEnv | None) -> tuple[np.ndarray, bool]:
+def settle_cost_limit(
+    cost_limit: Any, discounted: bool | None, env: VecEnv | None, own_costs: bool = False
+) -> tuple[np.ndarray, bool]:
     """
     The cost limits that are in force: those given, else those that the environment declares, else Safety-Gymnasium's 25.
 
@@ -96,6 +98,8 @@ def settle_cost_limit(cost_limit: Any, discounted: bool | None, env: VecEnv | No
     :param cost_limit: The limit that was given, None for none.
     :param discounted: Whether the limit is a discounted sum, None for the unit that the environment declares.
     :param env: The environment, which may declare ``cost_limit`` and ``cost_limit_discounted``.
+    :param own_costs: Whether the limit is one of other costs than ``info["cost"]``, of which the environment may declare one:
+        there may be more or fewer of them.
     :return: Limits of shape (n_c,), and whether they are discounted sums.
     :raises ValueError: If the limit makes no sense or does not fit the environment's number of constraints.
     """
@@ -112,10 +116,11 @@ def settle_cost_limit(cost_limit: Any, discounted: bool | None, env: VecEnv | No
         )
         return check_cost_limit(FALLBACK_COST_LIMIT), unit
     limits = check_cost_limit(declared if cost_limit is None else cost_limit)
-    if declared is not None and np.size(declared) != len(limits):
+    if declared is not None and np.size(declared) != len(limits) and not own_costs:
         raise ValueError(
             f"cost_limit has {len(limits)} value(s), {limits.tolist()}, but the environment has "
-            f"{np.size(declared)} constraint(s) (it declares {declared}): give one limit per constraint."
+            f"{np.size(declared)} constraint(s) (it declares {declared}): give one limit per constraint, or say with "
+            "cost_key=<function of info> which costs they are for."
         )
     if cost_limit is not None and discounted is None and declared_unit:
         warn_user(

@@ -111,7 +111,8 @@ class CostAwareAlgorithm(CheckedAlgorithm):
             )
 
     def _settle_constraint(self) -> None:
-        limits, discounted = settle_cost_limit(self.cost_limit, self.cost_limit_discounted, self.env)
+        own_costs = self.cost_key != "cost"
+        limits, discounted = settle_cost_limit(self.cost_limit, self.cost_limit_discounted, self.env, own_costs)
         before = len(self._settled.get("cost_limit", limits))
         if before != len(limits):
             raise ValueError(
