@@ -66,15 +66,20 @@ class Curve(BaseCallback):
         super().__init__()
         self.path, self.seed, self.every, self.n_episodes = path, seed, every, n_episodes
 
+    def _on_training_start(self) -> None:
+        with preserved_random_state(self.model.device):
+            self.env = make_env(self.seed)
+
     def _on_step(self) -> bool:
         if self.num_timesteps % self.every:
             return True
         assert isinstance(self.model, ALGD)
         # Training goes on as if there had been no evaluation
         with preserved_random_state(self.model.device):
-            set_random_seed(evaluation_seed(self.seed, self.num_timesteps))
-            env = make_env(evaluation_seed(self.seed, self.num_timesteps))
-            value, _, costs, _ = evaluate_policy(self.model, env, self.n_episodes)
+            seed = evaluation_seed(self.seed, self.num_timesteps)
+            set_random_seed(seed)
+            self.env.seed(seed)
+            value, _, costs, _ = evaluate_policy(self.model, self.env, self.n_episodes)
         row = [self.num_timesteps, value, *costs, *self.model.lagrange_multiplier.value.tolist()]
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([f"{number:.6g}" for number in row])

@@ -47,10 +47,6 @@ class PaidEnv(gym.Env):
         return obs, self.reward, False, False, {"cost": self.cost, "double": 2 * self.cost}
 
 
-def own_costs(info: dict[str, Any]) -> list[float]:
-    return [info["cost"], 2.0 * info["cost"]]
-
-
 def make_env(cost: float = 1.0, steps: int = 10, **declared: Any) -> gym.Env:
     return gym.wrappers.TimeLimit(PaidEnv(cost, **declared), steps)
 
@@ -213,7 +209,8 @@ def test_a_limit_is_a_plain_sum_where_the_environment_declares_no_unit() -> None
 def test_own_costs_may_have_more_limits_than_the_environment_declares() -> None:
     with pytest.raises(ValueError, match=r"the environment has 1 constraint.* say with cost_key=<function of info> which"):
         make_model(make_env(cost_limit=3.0), cost_limit=[3.0, 5.0])
-    model = make_model(make_env(cost_limit=3.0), cost_limit=[3.0, 5.0], cost_key=own_costs).learn(20)
+    both = make_model(make_env(cost_limit=3.0), cost_limit=[3.0, 5.0], cost_key=lambda info: [info["cost"], info["double"]])
+    model = both.learn(20)
     assert model.n_constraints == 2
     assert np.mean(model.ep_cost_buffer, axis=0).tolist() == [10.0, 20.0]
 

@@ -88,7 +88,7 @@ def declared_by_env(env: VecEnv, name: str) -> Any:
 
 
 def settle_cost_limit(
-    cost_limit: Any, discounted: bool | None, env: VecEnv | None, own_costs: bool = False
+    cost_limit: Any, discounted: bool | None, env: VecEnv | None, own_costs: bool
 ) -> tuple[np.ndarray, bool]:
     """
     The cost limits that are in force: those given, else those that the environment declares, else Safety-Gymnasium's 25.
