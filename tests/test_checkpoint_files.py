@@ -92,8 +92,8 @@ from sb3_algd.common.run_lock import RunLock
 lock = RunLock(Path({str(tmp_path)!r}))
 lock.acquire()
 if os.fork() == 0:
-    time.sleep(20)
-print("locked", flush=True)
+    # By now the child has let go of the lock
+    print("locked", flush=True)
 time.sleep(20)
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, process_group=0)
