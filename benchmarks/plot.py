@@ -49,9 +49,11 @@ STATISTICS = (
     "| algorithm | seeds | return, IQM | cost, mean | limit | evaluations within the limit "
     "| cost of a training episode | cost of the whole training |"
 )
-STANDING = "| task | limit | algd-ve | algd-ddpm | best other with the constraint | best without it |"
 #: Tasks that have another table of where ALGD stands
 OWN_TABLE = ("TwoModes-v0",)
+#: ALGD's types, a column for each
+TYPES = ("algd-ve", "algd-ve-ancestral", "algd-ddpm")
+STANDING = f"| task | limit | {' | '.join(TYPES)} | best other with the constraint | best without it |"
 #: What ALGD is compared with in its last two columns
 OTHERS = (("algd-ve-plain", "sac-augmented", "sac-lagrangian"), ("sac", "tqc"))
 CALIBRATION = (
@@ -173,7 +175,7 @@ def standing_row(task: str, algorithms: dict[str, Runs], limit: float) -> str:
     :return: A row of the table that compares ALGD with the best of the others that are within the limit on average.
     """
     cells = [task, f"{limit:g}"]
-    cells += [standing(algorithms[name], limit) if name in algorithms else "" for name in ("algd-ve", "algd-ddpm")]
+    cells += [standing(algorithms[name], limit) if name in algorithms else "" for name in TYPES]
     for group in OTHERS:
         run = [name for name in group if name in algorithms]
         within = [name for name in run if last_quarter(algorithms[name], "cost_mean").mean() <= limit]

@@ -13,6 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 #: Class, policy and arguments of each algorithm, on top of its own defaults
 ALGORITHMS: dict[str, Algorithm] = {
     "algd-ve": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}}),
+    "algd-ve-ancestral": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve-ancestral"}}),
     # Its policy soon is nearly deterministic: with 100 random steps it got stuck before it had seen anything
     "algd-ddpm": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ddpm"}, "learning_starts": 2000}),
     "algd-ve-plain": (ALGD, "DiffusionPolicy", {"policy_kwargs": {"diffusion": "ve"}, "rho": 0}),

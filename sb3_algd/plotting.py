@@ -24,6 +24,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F6A3F")
 LABELS = {
     "algd": "ALGD",
     "algd-ve": "ALGD (VE)",
+    "algd-ve-ancestral": "ALGD (VE, ancestral)",
     "algd-ddpm": "ALGD (DDPM)",
     "algd-ve-plain": "ALGD (VE), plain Lagrangian",
     "sac_lag": "SAC-Lagrangian",
@@ -36,6 +37,7 @@ LABELS = {
 ALGORITHM_COLORS = {
     "ALGD": COLORS[0],
     "ALGD (VE)": COLORS[0],
+    "ALGD (VE, ancestral)": "#000000",
     "ALGD (DDPM)": COLORS[1],
     "SAC-Lagrangian": COLORS[2],
     "SACLag": COLORS[2],

@@ -50,9 +50,13 @@ def plain_chain(model: ALGD, obs: th.Tensor) -> list[th.Tensor]:
         return network.mlp(th.cat([obs, second, embedding], dim=1))
 
     noise = th.randn(steps, len(obs), 2)
-    if model.actor.diffusion == "ve":
+    if model.actor.diffusion != "ddpm":
         sigma = 0.01 * 100.0 ** (np.arange(steps) / (steps - 1))
         drift = np.diff(sigma**2, prepend=0.0)
+        unit, spread = np.ones(steps), np.sqrt(drift)
+        if model.actor.diffusion == "ve-ancestral":
+            # The network gives sigma_k times the score
+            unit, spread = sigma, spread * np.append(0.0, sigma[:-1]) / sigma
     else:
         beta = np.linspace(1e-4, 0.02, steps)
         bar = np.cumprod(1 - beta)
@@ -61,8 +65,8 @@ def plain_chain(model: ALGD, obs: th.Tensor) -> list[th.Tensor]:
     after: dict[int, th.Tensor] = {}
     for k in reversed(range(steps)):
         score = output(th.tanh(x), k)[:, :2]
-        if model.actor.diffusion == "ve":
-            x = x + drift[k] * score + (np.sqrt(drift[k]) * noise[k] if k > 0 else 0.0)
+        if model.actor.diffusion != "ddpm":
+            x = x + drift[k] / unit[k] * score + (spread[k] * noise[k] if k > 0 else 0.0)
         else:
             clean = (x - np.sqrt(1 - bar[k]) * output(x, k)[:, 2:]) / np.sqrt(bar[k])
             x = (beta[k] * np.sqrt(before[k]) * clean + (1 - before[k]) * np.sqrt(1 - beta[k]) * x) / (1 - bar[k])
@@ -95,13 +99,15 @@ def plain_policy_gradients(
     network = model.actor.network
     asked = chosen if through_chain else action
     predicted = network.mlp(th.cat([obs, asked, network.step_embedding(step)], dim=1))[:, :2]
+    if model.actor.diffusion == "ve-ancestral":
+        target = sigma * target
     score_loss = (predicted - target).square().mean()
     loss = model.guidance_coef * mean_energy + model.score_coef * score_loss
     return mean_energy.item(), score_loss.item(), list(th.autograd.grad(loss, list(model.actor.parameters())))
 
 
 @pytest.mark.parametrize("active", ["nowhere", "somewhere", "everywhere"])
-@pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
+@pytest.mark.parametrize("diffusion", ["ve", "ve-ancestral", "ddpm"])
 @pytest.mark.parametrize("n_costs", [1, 3])
 def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: int, active: str) -> None:
     model = make_model(
@@ -149,7 +155,7 @@ def test_policy_update_equals_a_plain_implementation(diffusion: str, n_costs: in
     assert policy_risk.shape == (n_costs,)
 
 
-@pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
+@pytest.mark.parametrize("diffusion", ["ve", "ve-ancestral", "ddpm"])
 @pytest.mark.parametrize("n_costs", [1, 2])
 def test_critic_update_equals_a_plain_implementation(n_costs: int, diffusion: str) -> None:
     policy_kwargs = dict(SMALL, diffusion=diffusion)
@@ -248,7 +254,10 @@ def test_warmup_is_uniform_or_the_policys() -> None:
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(policy_kwargs=dict(diffusion="flow")), "`policy_kwargs` must have 've' or 'ddpm' as 'diffusion', got 'flow'"),
+        (
+            dict(policy_kwargs=dict(diffusion="flow")),
+            "`policy_kwargs` must have 've', 've-ancestral' or 'ddpm' as 'diffusion', got 'flow'",
+        ),
         (dict(guidance_coef=-1.0), "`guidance_coef` must be a finite number >= 0"),
         (dict(score_coef=-1.0), "`score_coef` must be a finite number >= 0, got -1.0"),
         (dict(score_kwargs=dict(temperature=0.0)), "`score_kwargs` must be .*'temperature': a finite number > 0"),

@@ -233,9 +233,9 @@ def test_algd_is_compared_with_the_best_that_keeps_the_limit() -> None:
 
     algorithms = {"algd-ve": runs(5.0, 9.0, 12.0), "sac-augmented": runs(7.0, 5.0, 5.0), "sac-lagrangian": runs(6.0, 0.0, 0.0)}
     row = plot.standing_row("x", {**algorithms, "algd-ve-plain": runs(8.0, 21.0, 0.0)}, 10)
-    assert row == "| x | 10 | 5.0 / 10.5 (1 of 2) |  | sac-augmented: 7.0 / 5.0 (2 of 2) |  |"
+    assert row == "| x | 10 | 5.0 / 10.5 (1 of 2) |  |  | sac-augmented: 7.0 / 5.0 (2 of 2) |  |"
     row = plot.standing_row("x", {"algd-ddpm": runs(1.0, 2.0), "sac": runs(3.0, 11.0), "tqc": runs(4.0, 12.0)}, 10)
-    assert row == "| x | 10 |  | 1.0 / 2.0 (1 of 1) |  | none within it |"
+    assert row == "| x | 10 |  |  | 1.0 / 2.0 (1 of 1) |  | none within it |"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_algd.algd.diffusion import DDPM, VESDE, ReverseProcess, make_process
+from sb3_algd.algd.diffusion import DDPM, VESDE, AncestralVESDE, ReverseProcess, make_process
 
 N = 200_000
 
@@ -59,6 +59,21 @@ def test_ve_without_score_adds_up_its_variances(steps: int) -> None:
     added = 1.0 - float(process.score_std[0]) ** 2
     assert latent.var().item() == pytest.approx(1.0 + added, rel=0.02)
     assert latent.mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+def test_ancestral_ve_with_the_exact_score_goes_from_level_to_level(steps: int) -> None:
+    """With the score -(x - mu) / sigma_k^2 of one blurred action, each step ends at the next level around it."""
+    process, mu = AncestralVESDE(steps), 0.4
+    sigma = process.score_std.tolist()
+    th.manual_seed(0)
+    # The network gives sigma_k times the score
+    denoiser = AnalyticDenoiser(lambda x, k: -(x - mu) / sigma[k])
+    latent = mu + sigma[-1] * th.randn(N, 1)
+    for k in reversed(range(steps)):
+        latent = process.step(denoiser, latent, k, th.randn(N, 1))
+        assert latent.mean().item() == pytest.approx(mu, abs=0.01)
+        assert latent.std().item() == pytest.approx(sigma[k - 1] if k > 0 else 0.0, rel=0.02, abs=1e-5)
 
 
 def test_ve_with_a_linear_score_follows_the_variance_recursion() -> None:

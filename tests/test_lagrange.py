@@ -134,6 +134,15 @@ def test_a_step_of_the_controller_is_the_relative_violation(cost: float, step: f
     assert controller.value.item() == pytest.approx(1.0 + step)
 
 
+@pytest.mark.parametrize(("steps", "factor"), [(1, 1.0), (400, 1.0), (500, 1.25), (1000, 2.5), (100_000, 2.5)])
+def test_a_long_episode_counts_as_more(steps: int, factor: float) -> None:
+    controller = EpisodeController(init_value=1.0, learning_rate=0.1)
+    controller.update(episodes(15.0), LIMIT, np.array([2.0]), steps)
+    # The proportional part does not add up
+    assert controller.integral.item() == pytest.approx(1.0 + 0.05 * factor)
+    assert controller.value.item() == pytest.approx(2.0 + 0.05 * factor)
+
+
 def test_the_controller_does_not_depend_on_the_unit_of_the_costs() -> None:
     values = []
     for unit in (1.0, 1e-3, 1e4):

@@ -94,9 +94,11 @@ def test_the_controller_steps_once_per_finished_episode(
     seen: list[tuple[np.ndarray, list[float]]] = []
     update = EpisodeController.update
 
-    def noted(self: EpisodeController, costs: np.ndarray, limit: np.ndarray, rho: np.ndarray) -> None:
+    def noted(self: EpisodeController, costs: np.ndarray, limit: np.ndarray, rho: np.ndarray, steps: int) -> None:
         seen.append((costs, rho.tolist()))
-        update(self, costs, limit, rho)
+        # Those of the episode that has ended
+        assert steps == 20
+        update(self, costs, limit, rho, steps)
 
     monkeypatch.setattr(EpisodeController, "update", noted)
     env = make_vec_env(make_env, n_envs=n_envs)

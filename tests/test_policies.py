@@ -1,5 +1,6 @@
 """Actor and critics against plain re-computations of what they stand for."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from sb3_algd import CnnPolicy, DiffusionPolicy, MultiInputPolicy
 from sb3_algd.common.critics import EnsembleCritic
+from tests.conftest import SMALL, make_model
 
 OBSERVATIONS = spaces.Box(-1.0, 1.0, shape=(5,), dtype=np.float32)
 ACTIONS = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 4.0], dtype=np.float32))
@@ -108,7 +110,25 @@ def test_targets_start_equal_and_follow() -> None:
     assert policy.critic.training and not policy.critic_target.training and not policy.cost_critic_target.training
 
 
-@pytest.mark.parametrize("diffusion", ["ve", "ddpm"])
+def test_weights_of_the_other_ve_process_are_refused(tmp_path: Path) -> None:
+    """They would be taken, and act in another way."""
+    models = {kind: make_model(policy_kwargs=dict(SMALL, diffusion=kind)) for kind in ("ve", "ve-ancestral")}
+    for kind, model in models.items():
+        model.save(tmp_path / kind)
+    for kind, other in (("ve", "ve-ancestral"), ("ve-ancestral", "ve")):
+        before = copy.deepcopy(models[kind].policy.state_dict())
+        with pytest.raises(ValueError, match=f"`policy_kwargs` must have diffusion='{other}'"):
+            models[kind].set_parameters(str(tmp_path / other))
+        with pytest.raises(ValueError, match=f"must have diffusion='{other}'"):
+            models[kind].actor.load_state_dict(models[other].actor.state_dict())
+        after = models[kind].policy.state_dict()
+        assert all(th.equal(value, after[name]) for name, value in before.items())
+        # What has no actor in it says nothing of it
+        critics = {name: value for name, value in models[other].policy.state_dict().items() if not name.startswith("actor.")}
+        models[kind].policy.load_state_dict(critics, strict=False)
+
+
+@pytest.mark.parametrize("diffusion", ["ve", "ve-ancestral", "ddpm"])
 def test_actions_are_in_the_box_and_the_actor_alone_predicts_them(diffusion: str) -> None:
     policy = make_policy(diffusion=diffusion)
     obs = np.random.default_rng(0).uniform(-1, 1, (64, 5)).astype(np.float32)

@@ -52,6 +52,12 @@ def assert_acts_as(policy: Any, model: Any, space: spaces.Space) -> None:
     assert policy.predict(space.sample())[0].shape == model.action_space.shape
 
 
+def test_an_ancestral_policy_acts_as_its_model(tmp_path: Path) -> None:
+    model = make_model(policy_kwargs=dict(SMALL, diffusion="ve-ancestral"))
+    policy = load_policy(export_policy(model, tmp_path / "policy"))
+    assert_acts_as(policy, model, model.observation_space)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Where an actor is."""

@@ -22,7 +22,8 @@ from tests.conftest import SMALL, Algorithm, make_env, make_model_of, same, weig
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "special"), [(ALGD, dict(diffusion="ve")), (ALGD, dict(diffusion="ddpm")), (SACLag, {})]
+    ("algorithm", "special"),
+    [(ALGD, dict(diffusion="ve")), (ALGD, dict(diffusion="ve-ancestral")), (ALGD, dict(diffusion="ddpm")), (SACLag, {})],
 )
 def test_save_load_continue(tmp_path: Path, algorithm: Algorithm, special: dict) -> None:
     model = make_model_of(algorithm, policy_kwargs={**SMALL, **special}).learn(50)

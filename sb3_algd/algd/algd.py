@@ -55,7 +55,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         the reported success rate, mean episode length, mean reward and mean cost over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation, among them
-        ``diffusion="ve"`` or ``"ddpm"``, see :class:`~sb3_algd.algd.policies.DiffusionPolicy`
+        ``diffusion="ve"``, ``"ve-ancestral"`` or ``"ddpm"``, see :class:`~sb3_algd.algd.policies.DiffusionPolicy`
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
         debug messages
     :param seed: Seed for the pseudo random generators
@@ -81,8 +81,8 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         policy learns without it. Once it acts it goes on to, also in a later ``learn()``. With 0 (the paper's) the
         multiplier moves from the first episode on; ``init_value`` in ``multiplier_kwargs`` gives pressure before that
     :param multiplier_kwargs: Arguments of what ``multiplier_signal`` names. For ``"episodes"``,
-        :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per finished episode and
-        relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For
+        :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per episode of up to 400
+        steps and relative violation), ``max_value``, ``confidence`` (standard errors that are added to the mean cost). For
         ``"buffer"``, :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value``, ``learning_rate`` (of Adam, or a
         schedule), ``max_value``. One ``init_value`` for all or one per constraint
     :param multiplier_signal: What the multipliers are updated from: once per finished episode from what recent ones have cost
@@ -248,7 +248,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
             gradient_steps=10,
             target_update_interval=2,
             replay_buffer_kwargs=dict(reward_cut_key="goal_met") if safety_gym else None,
-            policy_kwargs=dict(layer_norm=False),
+            policy_kwargs=dict(diffusion="ve", layer_norm=False),
             cost_gamma=0.99,
             penalty="pointwise",
             rho=1.0,
@@ -280,7 +280,8 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         actions = th.tanh(latents[-1])
         step, latent_k = self._score_matching.draw_states(latents)
         action_k = th.tanh(latent_k)
-        noise_std = self.actor.process.score_std[step].unsqueeze(1)
+        process = self.actor.process
+        noise_std, unit = process.score_std[step].unsqueeze(1), process.score_unit[step].unsqueeze(1)
         samples = self._score_matching.draw_samples(action_k.detach(), noise_std)
 
         # Row 0 holds the policy's actions, the others the score samples
@@ -289,7 +290,7 @@ class ALGD(ConstrainedOffPolicyAlgorithm):
         guidance_loss = (actions * energy_grad[0]).sum(dim=-1).mean()
         # Score matching: the network learns the score of the energy's blurred Boltzmann distribution
         target = self._score_matching.estimate(energy[1:], energy_grad[1:])
-        score_loss = F.mse_loss(denoiser.score(action_k, step), target)
+        score_loss = F.mse_loss(denoiser.score(action_k, step), unit * target)
 
         metrics = {"energy": energy[0].mean(), "score_loss": score_loss.detach()}
         return self.guidance_coef * guidance_loss + self.score_coef * score_loss, metrics, risk[0].mean(dim=0), moments

@@ -1,5 +1,5 @@
 """
-The two reverse (denoising) processes of ALGD behind one interface.
+The reverse (denoising) processes of ALGD behind one interface.
 
 A process turns noise into an action in K steps. It works on an unbounded latent ``x`` of shape (batch, action_dim); the
 action is ``tanh(x)``, in SB3's scaled space [-1, 1]. Step indices k run from K-1 (noisiest) down to 0.
@@ -21,10 +21,10 @@ class Denoiser(Protocol):
     """What a reverse process needs of the actor's network, already bound to a batch of states."""
 
     def score(self, action: th.Tensor, step: int) -> th.Tensor:
-        """Score phi(s, a, k) at the squashed ``action``, shape (batch, action_dim)."""
+        """Score phi(s, a, k) at the squashed ``action``, times the process's ``score_unit``, shape (batch, action_dim)."""
 
     def score_and_noise(self, action: th.Tensor, latent: th.Tensor, step: int) -> tuple[th.Tensor, th.Tensor]:
-        """Score phi(s, a, k) and predicted noise eps(s, x, k), each of shape (batch, action_dim)."""
+        """Score phi(s, a, k), as above, and predicted noise eps(s, x, k), each of shape (batch, action_dim)."""
 
 
 class ReverseProcess(nn.Module, ABC):
@@ -40,6 +40,8 @@ class ReverseProcess(nn.Module, ABC):
     initial_std: float = 1.0
     #: (K,) noise level sigma_k at which the score of step k is learned
     score_std: th.Tensor
+    #: (K,) what the network gives is the score times this
+    score_unit: th.Tensor
 
     def __init__(self, denoising_steps: int) -> None:
         super().__init__()
@@ -108,6 +110,8 @@ class VESDE(ReverseProcess):
     :param sigma_max: Highest noise level.
     """
 
+    _ancestral = False
+
     def __init__(self, denoising_steps: int = 5, sigma_min: float = 0.01, sigma_max: float = 1.0) -> None:
         super().__init__(denoising_steps)
         if not 0.0 < sigma_min <= sigma_max:
@@ -115,12 +119,15 @@ class VESDE(ReverseProcess):
         sigma = th.logspace(0.0, 1.0, denoising_steps, base=sigma_max / sigma_min, dtype=th.float64) * sigma_min
         if denoising_steps == 1:
             sigma.fill_(sigma_max)
-        variance_step = th.diff(sigma.square(), prepend=th.zeros(1, dtype=th.float64))
+        cleaner = th.cat([th.zeros(1, dtype=th.float64), sigma[:-1]])
+        variance_step = sigma.square() - cleaner.square()
+        unit, noise_left = (sigma, cleaner / sigma) if self._ancestral else (th.ones_like(sigma), 1.0)
         self.register_buffer("score_std", sigma.float(), persistent=False)
+        self.register_buffer("score_unit", unit.float(), persistent=False)
         self.initial_std = sigma_max
         # Plain floats: an operation with a python number costs less than one with a 0-d tensor
-        self._drift = variance_step.tolist()
-        self._diffusion = variance_step.sqrt().tolist()
+        self._drift = (variance_step / unit).tolist()
+        self._diffusion = (variance_step.sqrt() * noise_left).tolist()
 
     def step(self, denoiser: Denoiser, latent: th.Tensor, step: int, noise: th.Tensor | None) -> th.Tensor:
         """See :meth:`ReverseProcess.step`."""
@@ -128,6 +135,22 @@ class VESDE(ReverseProcess):
         if noise is not None:
             latent = th.add(latent, noise, alpha=self._diffusion[step])
         return latent
+
+
+class AncestralVESDE(VESDE):
+    """
+    Ancestral sampling (arXiv 2011.13456, appendix F): a step adds :math:`\\sqrt{D_k} \\sigma_{k-1} / \\sigma_k \\epsilon`,
+    the noise that belongs to the level it goes to. And the network gives :math:`\\sigma_k \\phi`, as is usual for scores
+    (arXiv 1907.05600): a step's length falls with its noise instead of the square of it, and later steps move as well.
+    """
+
+    #: What tells its files from those of :class:`VESDE`
+    ancestral: th.Tensor
+    _ancestral = True
+
+    def __init__(self, denoising_steps: int = 5, sigma_min: float = 0.01, sigma_max: float = 1.0) -> None:
+        super().__init__(denoising_steps, sigma_min, sigma_max)
+        self.register_buffer("ancestral", th.tensor(True))
 
 
 class DDPM(ReverseProcess):
@@ -159,6 +182,8 @@ class DDPM(ReverseProcess):
         previous = th.cat([th.ones(1, dtype=th.float64), alpha_bar[:-1]])
         self.guidance_scale = guidance_scale
         self.register_buffer("score_std", (1.0 - alpha_bar).sqrt().float(), persistent=False)
+        # Only its direction counts
+        self.register_buffer("score_unit", th.ones(denoising_steps), persistent=False)
         # The posterior mean is linear in the latent and the predicted noise, with x_0 filled in
         mean_from_clean = beta * previous.sqrt() / (1.0 - alpha_bar)
         self._mean_from_latent = (
@@ -179,7 +204,7 @@ class DDPM(ReverseProcess):
 
 
 #: Names that ``policy_kwargs=dict(diffusion=...)`` accepts
-PROCESSES: dict[str, type[ReverseProcess]] = {"ve": VESDE, "ddpm": DDPM}
+PROCESSES: dict[str, type[ReverseProcess]] = {"ve": VESDE, "ve-ancestral": AncestralVESDE, "ddpm": DDPM}
 
 
 def make_process(name: str, denoising_steps: int, **kwargs: Any) -> ReverseProcess:

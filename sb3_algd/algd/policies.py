@@ -26,7 +26,7 @@ class DiffusionActor(BasePolicy):
     :param features_dim: Number of features
     :param activation_fn: Activation function
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
-    :param diffusion: Reverse process, ``"ve"`` or ``"ddpm"``
+    :param diffusion: Reverse process, ``"ve"``, ``"ve-ancestral"`` or ``"ddpm"``
     :param denoising_steps: Number of denoising steps K
     :param diffusion_kwargs: Constants of the process's noise schedule
     """
@@ -83,6 +83,15 @@ class DiffusionActor(BasePolicy):
         )
         return data
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        has_policy = any(name.startswith(f"{prefix}network.") for name in state_dict)
+        ancestral = f"{prefix}process.ancestral" in state_dict
+        # The same weights make other actions in the other process
+        if has_policy and ancestral != hasattr(self.process, "ancestral"):
+            names = ("'ve-ancestral'",) if ancestral else ("'ve'", "'ddpm'")
+            raise ValueError(f"`policy_kwargs` must have diffusion={' or '.join(names)}, with which this policy has learned.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def denoise(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[BoundDenoiser, list[th.Tensor]]:
         """
         Run the reverse process for a batch of observations.
@@ -119,10 +128,10 @@ class DiffusionPolicy(ConstrainedPolicy):
     :param net_arch: The specification of the networks: a list for all, or ``dict(pi=[...], qf=[...])``
         (``[128, 128, 128]`` for the actor and ``[256, 256]`` for reward and cost critics by default, the paper's)
     :param activation_fn: Activation function of the actor and the reward critics, one without randomness of its own
-    :param diffusion: Reverse process: ``"ve"`` (variance exploding) or ``"ddpm"``
+    :param diffusion: Reverse process: ``"ve"`` (variance exploding), ``"ve-ancestral"`` (less noise) or ``"ddpm"``
     :param denoising_steps: Number of denoising steps K
     :param diffusion_kwargs: Constants of the noise schedule, see :class:`~sb3_algd.algd.diffusion.VESDE`
-        and :class:`~sb3_algd.algd.diffusion.DDPM`
+        (both types) and :class:`~sb3_algd.algd.diffusion.DDPM`
     :param kwargs: What the critics and all of SB3's policies take, see :class:`~sb3_algd.common.policies.ConstrainedPolicy`:
         ``n_cost_critics``, ``cost_activation_fn``, ``layer_norm``, ``n_critics``, ``features_extractor_class``,
         ``features_extractor_kwargs``, ``normalize_images``, ``optimizer_class``, ``optimizer_kwargs``,

@@ -234,7 +234,7 @@ POLICY_ARGUMENTS: dict[str, Rule] = {
     "optimizer_kwargs": optional(ANY_KEYWORDS),
     "share_features_extractor": FLAG,
     # ALGD
-    "diffusion": one_of("ve", "ddpm"),
+    "diffusion": one_of("ve", "ve-ancestral", "ddpm"),
     "denoising_steps": whole(1, 10**4),
     "diffusion_kwargs": optional(ANY_KEYWORDS),
 }

@@ -88,9 +88,14 @@ class EpisodeCostTracker:
         self.discounted_costs: deque[np.ndarray] = deque(maxlen=window)
         self.total_cost = np.zeros(n_constraints)
         self.total_steps = 0
+        #: Steps of each episode that ended with the newest step
+        self.newest_lengths: list[int] = []
         #: Plain and discounted costs of the last episodes, whatever ``window`` is
         self._recent: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self.start_episodes(n_envs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"newest_lengths": [], "_steps": np.zeros(len(state["_running"]), dtype=np.int64), **state})
 
     def start_episodes(self, n_envs: int) -> None:
         """
@@ -101,6 +106,7 @@ class EpisodeCostTracker:
         self._running = np.zeros((n_envs, self.n_constraints))
         self._running_discounted = np.zeros((n_envs, self.n_constraints))
         self._discount = np.ones((n_envs, 1))
+        self._steps = np.zeros(n_envs, dtype=np.int64)
         self._recent = deque(self._recent, maxlen=max(RECENT_EPISODES, n_envs))
 
     def widen(self, n_constraints: int) -> None:
@@ -129,6 +135,7 @@ class EpisodeCostTracker:
         :param costs: Costs of the step, shape (n_envs, n_c).
         :param dones: Whether the episodes ended with this step, shape (n_envs,).
         """
+        self.newest_lengths = []
         for index, (cost, done) in enumerate(zip(costs, dones, strict=True)):
             self.add(index, cost, done)
 
@@ -145,7 +152,10 @@ class EpisodeCostTracker:
         self._running[index] += cost
         self._running_discounted[index] += self._discount[index] * cost
         self._discount[index] *= self.cost_gamma
+        self._steps[index] += 1
         if done:
+            self.newest_lengths.append(int(self._steps[index]))
+            self._steps[index] = 0
             episode = self._running[index].copy(), self._running_discounted[index].copy()
             self.episode_costs.append(episode[0])
             self.discounted_costs.append(episode[1])

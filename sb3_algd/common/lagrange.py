@@ -85,6 +85,12 @@ def augmented_lagrangian(
     return th.where(active, penalty, -multiplier.square() / (2.0 * rho)).sum(dim=-1) - reward_value
 
 
+#: Steps of an episode from which on it moves a multiplier by more
+LONG_EPISODE = 400
+#: By how much more at most: that of 1,000 steps, the longest that were tried
+MAX_FACTOR = 2.5
+
+
 class EnergyTerms(NamedTuple):
     """
     All that makes an energy of values and risks: :func:`augmented_lagrangian` in units of its own.
@@ -191,11 +197,12 @@ class EpisodeController(nn.Module):
         \\lambda \\leftarrow [\\lambda + \\eta\\, v]_0^{max}, \\quad value = [\\lambda + \\rho\\, v]_0^{max}, \\quad
         v = (J - d) / d \\in [-1, 1].
 
-    It does not depend on how many updates are made, nor on the unit of the costs.
+    It does not depend on how many updates are made, nor on the unit of the costs. An episode of more than 400 steps counts as
+    so many more, up to 2.5, because a policy follows the multiplier in updates.
 
     :param n_constraints: Number of constraints n_c.
     :param init_value: Initial value of the multipliers, one for all or one per constraint.
-    :param learning_rate: Step :math:`\\eta` per episode and relative violation.
+    :param learning_rate: Step :math:`\\eta` per episode of up to 400 steps and relative violation.
     :param max_value: Upper bound. The integral stops there too (anti-windup).
     :param confidence: J is the mean of recent episodes plus so many standard errors.
     """
@@ -227,18 +234,20 @@ class EpisodeController(nn.Module):
         check_saved(state_dict[f"{prefix}integral"], self.max_value * (1 + 1e-5))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def update(self, costs: np.ndarray, limit: np.ndarray, rho: np.ndarray) -> None:
+    def update(self, costs: np.ndarray, limit: np.ndarray, rho: np.ndarray, steps: int = LONG_EPISODE) -> None:
         """
         One step: a multiplier rises where its constraint is violated and falls where there is slack.
 
         :param costs: Costs of recent episodes, shape (n, n_c).
         :param limit: Cost limits in their unit, shape (n_c,).
         :param rho: Proportional part :math:`\\rho`, shape (n_c,).
+        :param steps: Environment steps of the episode that has ended.
         """
         error = costs.std(axis=0, ddof=1) / np.sqrt(len(costs)) if len(costs) > 1 else np.zeros_like(limit)
         bound = costs.mean(axis=0) + self.confidence * error
         violation = np.clip((bound - limit) / np.maximum(limit, 1e-8), -1.0, 1.0)
-        integral = np.clip(self.integral.cpu().numpy() + self.learning_rate * violation, 0.0, self.max_value)
+        rate = self.learning_rate * np.clip(steps / LONG_EPISODE, 1.0, MAX_FACTOR)
+        integral = np.clip(self.integral.cpu().numpy() + rate * violation, 0.0, self.max_value)
         self.integral.copy_(th.as_tensor(integral))
         self.value.copy_(th.as_tensor(np.clip(integral + rho * violation, 0.0, self.max_value)))
 

@@ -177,8 +177,8 @@ class LagrangianAlgorithm(CompilingAlgorithm, ABC):
             self._warn_no_episode()
             if dones.any():
                 costs = self._cost_tracker.recent_costs(self.cost_limit_discounted)
-                for _ in range(int(np.sum(dones))):
-                    controller.update(costs, self.cost_limit, self._proportional)
+                for steps in self._cost_tracker.newest_lengths:
+                    controller.update(costs, self.cost_limit, self._proportional, steps)
 
     def _warn_no_episode(self) -> None:
         """Warn once if an episode should have ended by now."""

@@ -78,8 +78,8 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
         policy learns without it. Once it acts it goes on to, also in a later ``learn()``. With 0 (the paper's) the
         multiplier moves from the first episode on; ``init_value`` in ``multiplier_kwargs`` gives pressure before that
     :param multiplier_kwargs: Arguments of what ``multiplier_signal`` names. For ``"episodes"``,
-        :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per finished episode and
-        relative violation), ``max_value``, ``confidence`` (standard errors of the mean cost that are added to it). For
+        :class:`~sb3_algd.common.lagrange.EpisodeController`: ``init_value``, ``learning_rate`` (per episode of up to 400
+        steps and relative violation), ``max_value``, ``confidence`` (standard errors that are added to the mean cost). For
         ``"buffer"``, :class:`~sb3_algd.common.lagrange.LagrangeMultiplier`: ``init_value``, ``learning_rate`` (of Adam, or a
         schedule), ``max_value``. One ``init_value`` for all or one per constraint
     :param multiplier_signal: What the multipliers are updated from: once per finished episode from what recent ones have cost
