@@ -16,13 +16,12 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.settings import RESULTS
 from sb3_algd import ALGD, evaluate_policy
 from sb3_algd.common.random_state import preserved_random_state
-from sb3_algd.common.recorder import evaluation_seed
+from sb3_algd.common.recorder import seeded_evaluation
 from sb3_algd.envs import CostFromCallable
 
 TASK = "Safexp-PointButton1-v0"
@@ -74,11 +73,7 @@ class Curve(BaseCallback):
         if self.num_timesteps % self.every:
             return True
         assert isinstance(self.model, ALGD)
-        # Training goes on as if there had been no evaluation
-        with preserved_random_state(self.model.device):
-            seed = evaluation_seed(self.seed, self.num_timesteps)
-            set_random_seed(seed)
-            self.env.seed(seed)
+        with seeded_evaluation(self.model, self.env, self.seed, self.num_timesteps):
             value, _, costs, _ = evaluate_policy(self.model, self.env, self.n_episodes)
         row = [self.num_timesteps, value, *costs, *self.model.lagrange_multiplier.value.tolist()]
         with self.path.open("a", newline="") as file:

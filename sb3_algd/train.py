@@ -28,6 +28,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import get_latest_run_id
 
 from sb3_algd import ALGD, SACLag
+from sb3_algd.algd.diffusion import PROCESSES
 from sb3_algd.common.callbacks import StopTrainingOnTimeLimit
 from sb3_algd.common.checkpoint import ResumableCheckpointCallback, resume
 from sb3_algd.common.checkpoint_files import MANIFEST, read_manifest
@@ -221,7 +222,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--env", default="Safexp-PointButton1-v0", help="Gymnasium id of the task")
     parser.add_argument("--algo", default="algd", choices=list(ALGORITHMS), help="the algorithm")
-    parser.add_argument("--diffusion", default="ve", choices=["ve", "ve-ancestral", "ddpm"], help="type of ALGD's policy")
+    parser.add_argument("--diffusion", default="ve", choices=list(PROCESSES), help="type of ALGD's policy")
     parser.add_argument("--steps", type=at_least(1), default=20_000, help="environment steps, unless time is up before")
     parser.add_argument("--minutes", type=at_least(0.0), default=8.5, help="time for training")
     parser.add_argument(

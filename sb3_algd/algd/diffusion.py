@@ -124,6 +124,8 @@ class VESDE(ReverseProcess):
         unit, noise_left = (sigma, cleaner / sigma) if self._ancestral else (th.ones_like(sigma), 1.0)
         self.register_buffer("score_std", sigma.float(), persistent=False)
         self.register_buffer("score_unit", unit.float(), persistent=False)
+        if self._ancestral:
+            self.register_buffer("ancestral", th.tensor(True))
         self.initial_std = sigma_max
         # Plain floats: an operation with a python number costs less than one with a 0-d tensor
         self._drift = (variance_step / unit).tolist()
@@ -147,10 +149,6 @@ class AncestralVESDE(VESDE):
     #: What tells its files from those of :class:`VESDE`
     ancestral: th.Tensor
     _ancestral = True
-
-    def __init__(self, denoising_steps: int = 5, sigma_min: float = 0.01, sigma_max: float = 1.0) -> None:
-        super().__init__(denoising_steps, sigma_min, sigma_max)
-        self.register_buffer("ancestral", th.tensor(True))
 
 
 class DDPM(ReverseProcess):

@@ -15,6 +15,11 @@ from torch import nn
 #: One number for all constraints, or one per constraint
 PerConstraint = float | Sequence[float] | np.ndarray
 
+#: Steps of an episode from which on it moves a multiplier by more
+LONG_EPISODE = 400
+#: By how much more at most: that of 1,000 steps, the longest that were tried
+MAX_FACTOR = 2.5
+
 # A variance below this is taken as zero, so that the standard deviation's gradient stays finite
 MIN_VARIANCE = 1e-12
 
@@ -83,12 +88,6 @@ def augmented_lagrangian(
     active = (multiplier + rho * violation > 0.0) | (rho == 0.0)
     penalty = multiplier * violation + 0.5 * rho * violation.square()
     return th.where(active, penalty, -multiplier.square() / (2.0 * rho)).sum(dim=-1) - reward_value
-
-
-#: Steps of an episode from which on it moves a multiplier by more
-LONG_EPISODE = 400
-#: By how much more at most: that of 1,000 steps, the longest that were tried
-MAX_FACTOR = 2.5
 
 
 class EnergyTerms(NamedTuple):

@@ -3,11 +3,13 @@
 import csv
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
@@ -45,6 +47,23 @@ def evaluation_seed(seed: int, step: int = 0) -> int:
     :return: Seed of the evaluation, one that NumPy's generators take, with room for the environments' numbers.
     """
     return (EVAL_SEED * (seed + 1) + step) % 2**31
+
+
+@contextmanager
+def seeded_evaluation(model: BaseAlgorithm, env: VecEnv, seed: int, step: int) -> Iterator[None]:
+    """
+    Draw what depends on the run's seed and on the step alone, and leave the training's random generators as they were.
+
+    :param model: The model that is evaluated.
+    :param env: Environments of the evaluation.
+    :param seed: Seed of the run.
+    :param step: Step of the evaluation.
+    """
+    with preserved_random_state(model.device):
+        seed = evaluation_seed(seed, step)
+        set_random_seed(seed, using_cuda=model.device.type == "cuda")
+        env.seed(seed)
+        yield
 
 
 def make_envs(env_id: str, n_envs: int = 1, seed: int | None = None) -> VecEnv:
@@ -215,10 +234,7 @@ class LearningCurveRecorder(BaseCallback):
     def _play(self, env: VecEnv, n_episodes: int, deterministic: bool) -> tuple[list[float], np.ndarray]:
         """Return and cost of each of ``n_episodes`` episodes, whose seeds depend on the run's seed and on the step alone."""
         assert self.cost_gamma is not None
-        with preserved_random_state(self.model.device):
-            seed = evaluation_seed(self.seed, self.num_timesteps)
-            set_random_seed(seed, using_cuda=self.model.device.type == "cuda")
-            env.seed(seed)
+        with seeded_evaluation(self.model, env, self.seed, self.num_timesteps):
             returns, _, costs = evaluate_policy(
                 self.model,
                 env,
