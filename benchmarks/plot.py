@@ -52,10 +52,10 @@ STATISTICS = (
 #: Tasks that have another table of where ALGD stands
 OWN_TABLE = ("TwoModes-v0",)
 #: ALGD's types, a column for each
-TYPES = ("algd-ve", "algd-ve-ancestral", "algd-ddpm")
+TYPES = ("algd-ve", "algd-pointwise", "algd-ddpm")
 STANDING = f"| task | limit | {' | '.join(TYPES)} | best other with the constraint | best without it |"
 #: What ALGD is compared with in its last two columns
-OTHERS = (("algd-ve-plain", "sac-augmented", "sac-lagrangian"), ("sac", "tqc"))
+OTHERS = (("algd-ve-plain", "sac-pointwise", "sac-lagrangian"), ("sac", "tqc"))
 CALIBRATION = (
     "| task | algorithm | seeds | budget | expected by the cost critics, each seed | risk in the energy, each seed "
     "| paid ± standard error, each seed |"

@@ -24,12 +24,12 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F6A3F")
 LABELS = {
     "algd": "ALGD",
     "algd-ve": "ALGD (VE)",
-    "algd-ve-ancestral": "ALGD (VE, ancestral)",
+    "algd-pointwise": "ALGD (VE, ancestral), pointwise",
     "algd-ddpm": "ALGD (DDPM)",
     "algd-ve-plain": "ALGD (VE), plain Lagrangian",
     "sac_lag": "SAC-Lagrangian",
     "sac-lagrangian": "SAC-Lagrangian",
-    "sac-augmented": "SAC, augmented Lagrangian",
+    "sac-pointwise": "SAC-Lagrangian, pointwise",
     "sac": "SAC, no constraint",
     "tqc": "TQC, no constraint",
 }
@@ -37,11 +37,11 @@ LABELS = {
 ALGORITHM_COLORS = {
     "ALGD": COLORS[0],
     "ALGD (VE)": COLORS[0],
-    "ALGD (VE, ancestral)": "#000000",
+    "ALGD (VE, ancestral), pointwise": "#000000",
     "ALGD (DDPM)": COLORS[1],
     "SAC-Lagrangian": COLORS[2],
     "SACLag": COLORS[2],
-    "SAC, augmented Lagrangian": COLORS[3],
+    "SAC-Lagrangian, pointwise": COLORS[3],
     "SAC, no constraint": COLORS[4],
     "SAC": COLORS[4],
     "TQC, no constraint": COLORS[5],

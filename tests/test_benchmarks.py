@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 def test_the_sacs_with_a_constraint_differ_in_the_penalty_only() -> None:
     models = {}
-    for name in ("sac-augmented", "sac-lagrangian"):
+    for name in ("sac-pointwise", "sac-lagrangian"):
         model_class, policy, kwargs = settings.ALGORITHMS[name]
         assert model_class is SACLag
         models[name] = SACLag(policy, "TwoModes-v0", device="cpu", **kwargs)
@@ -231,9 +231,9 @@ def test_algd_is_compared_with_the_best_that_keeps_the_limit() -> None:
             for seed, cost in enumerate(costs)
         }
 
-    algorithms = {"algd-ve": runs(5.0, 9.0, 12.0), "sac-augmented": runs(7.0, 5.0, 5.0), "sac-lagrangian": runs(6.0, 0.0, 0.0)}
+    algorithms = {"algd-ve": runs(5.0, 9.0, 12.0), "sac-pointwise": runs(7.0, 5.0, 5.0), "sac-lagrangian": runs(6.0, 0.0, 0.0)}
     row = plot.standing_row("x", {**algorithms, "algd-ve-plain": runs(8.0, 21.0, 0.0)}, 10)
-    assert row == "| x | 10 | 5.0 / 10.5 (1 of 2) |  |  | sac-augmented: 7.0 / 5.0 (2 of 2) |  |"
+    assert row == "| x | 10 | 5.0 / 10.5 (1 of 2) |  |  | sac-pointwise: 7.0 / 5.0 (2 of 2) |  |"
     row = plot.standing_row("x", {"algd-ddpm": runs(1.0, 2.0), "sac": runs(3.0, 11.0), "tqc": runs(4.0, 12.0)}, 10)
     assert row == "| x | 10 |  |  | 1.0 / 2.0 (1 of 1) |  | none within it |"
 

@@ -73,8 +73,10 @@ def test_tasks_of_the_zoo_have_the_defaults(name: str) -> None:
     # Which is far smaller than the others
     del config[ENV]
     for entry in entries():
-        if name == "algd" and entry.track == SPEED:
-            assert config[entry.id].pop("policy_kwargs") == "dict(diffusion='ve-ancestral')"
+        if entry.track == SPEED:
+            # Costs of every step, and legs
+            assert config[entry.id].pop("penalty") == "pointwise"
+            assert name != "algd" or config[entry.id].pop("policy_kwargs") == "dict(diffusion='ve-ancestral')"
     assert all(set(hyperparams) <= of_the_task for hyperparams in config.values())
 
 
