@@ -28,9 +28,9 @@ SEED = 2_000_000
 HEADING = f"""# Agents that come with the package
 
 Policies alone, loaded without pickle, but for TwoModes-v0, which is a whole model. `sb3-algd enjoy --env <task>` plays
-them. They were trained with ALGD (VE) and its defaults of the time; seeds from 10 on have those of today, the speed tasks
-from 24 on the RL Zoo's settings. TwoModes-v0 is the best feasible model of `sb3-algd train --env TwoModes-v0 --seed 2`,
-whose settings are in `zoo_configs/algd.yml`.
+them. They were trained with ALGD (VE) and its defaults of the time; seeds from 10 on have those of today. From seed 24
+on, those of the speed tasks have the RL Zoo's settings (another penalty, whose `rho` it is). TwoModes-v0 is
+the best feasible model of `sb3-algd train --env TwoModes-v0 --seed 2`, whose settings are in `zoo_configs/algd.yml`.
 Return and cost are those of {N_EPISODES} stochastic episodes, with seeds of their own.
 
 | task | steps, seed, `rho` | return | cost |

@@ -69,11 +69,11 @@ class SACLag(ConstrainedOffPolicyAlgorithm):
     :param cost_key: Key of ``info`` that holds a step's cost (a number or one per constraint), or a function of ``info``
     :param penalty: What weighs a cost: one coefficient for all states and actions (``"expectation"``), the augmented
         Lagrangian of the whole problem, whose limit is on the expected cost of an episode; or the paper's
-        ``"pointwise"``, a coefficient that grows with the risk of the single action
+        ``"pointwise"``, a coefficient that grows with the risk of the single action, for costs of every step such as speed
     :param rho: Coefficient of the quadratic penalty, one number or one per constraint; 0 gives the plain Lagrangian. With
         ``"expectation"`` it is the proportional part of the controller: what the multiplier is larger by at a cost of twice
         the limit (nothing where ``multiplier_signal`` is ``"buffer"``). With ``"pointwise"`` it is the paper's rho (1 there),
-        per unit of the energy, see ``normalize``; it wants to be smaller then, about 0.1
+        per unit of the energy, see ``normalize``
     :param constraint_start: Share of the training, from 0 to 1, after which the constraint begins to act; until then the
         policy learns without it. Once it acts it goes on to, also in a later ``learn()``. With 0 (the paper's) the
         multiplier moves from the first episode on; ``init_value`` in ``multiplier_kwargs`` gives pressure before that
