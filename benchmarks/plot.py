@@ -51,9 +51,9 @@ STATISTICS = (
 )
 #: Tasks that have another table of where ALGD stands
 OWN_TABLE = ("TwoModes-v0",)
-#: ALGD's types, a column for each
-TYPES = ("algd-ve", "algd-pointwise", "algd-ddpm")
-STANDING = f"| task | limit | {' | '.join(TYPES)} | best other with the constraint | best without it |"
+#: ALGD's types and settings, a column for each
+VARIANTS = ("algd-ve", "algd-pointwise", "algd-ddpm")
+STANDING = f"| task | limit | {' | '.join(VARIANTS)} | best other with the constraint | best without it |"
 #: What ALGD is compared with in its last two columns
 OTHERS = (("algd-ve-plain", "sac-pointwise", "sac-lagrangian"), ("sac", "tqc"))
 CALIBRATION = (
@@ -175,7 +175,7 @@ def standing_row(task: str, algorithms: dict[str, Runs], limit: float) -> str:
     :return: A row of the table that compares ALGD with the best of the others that are within the limit on average.
     """
     cells = [task, f"{limit:g}"]
-    cells += [standing(algorithms[name], limit) if name in algorithms else "" for name in TYPES]
+    cells += [standing(algorithms[name], limit) if name in algorithms else "" for name in VARIANTS]
     for group in OTHERS:
         run = [name for name in group if name in algorithms]
         within = [name for name in run if last_quarter(algorithms[name], "cost_mean").mean() <= limit]
